@@ -27,6 +27,7 @@ class Tokenizer:
         num_ids: largest valid token id + 1. The one bound for prompts, sampler and detokenizer; a model's logits often
             have more columns (Qwen3: 151,669 ids, 151,936 columns).
         special_tokens: name (`bos_token`, …) → text, of those that the folder names.
+        special_token_ids: text → id of every special token, named or not.
         chat_templates: name → Jinja2 source; most folders have only `default`.
         byte_level: whether text is the UTF-8 decoding of the tokens' bytes put together and of nothing else.
     """
@@ -41,7 +42,8 @@ class Tokenizer:
         self.special_tokens = _named_tokens(config)
         backend.add_tokens(_missing_tokens(backend, config, self.special_tokens))
         added = backend.get_added_tokens_decoder()
-        self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.special_token_ids = {token.content: token_id for token_id, token in added.items() if token.special}
+        self._special_ids = frozenset(self.special_token_ids.values())
         self.num_ids = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.chat_templates = _chat_templates(config, chat_template_file)
         self.byte_level = _is_byte_level(json.loads(backend.decoder.__getstate__()) if backend.decoder else None)
@@ -127,11 +129,6 @@ class Tokenizer:
     def is_special(self, token_id: int) -> bool:
         """Whether `skip_special_tokens` leaves the token out. Added tokens need not be special (Qwen3's `<think>`)."""
         return token_id in self._special_ids
-
-    def special_token_texts(self) -> dict[str, int]:
-        """Text → id of every special token."""
-        added = self._backend.get_added_tokens_decoder()
-        return {added[token_id].content: token_id for token_id in self._special_ids}
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token of a byte-level tokenizer stands for; b"" for an id that no token has."""
