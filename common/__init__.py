@@ -1,0 +1,1 @@
+"""What all processes share: options, messages, transport, errors. It imports none of the other rooms."""

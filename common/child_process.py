@@ -1,0 +1,148 @@
+"""Child processes that die with their parent, and parents that learn of a death at once.
+
+The parent holds the writing end of a pipe, the *death pipe*; the child inherits the reading end. The parent's end, by
+whatever cause, closes the pipe, and the child's watch sees end-of-file: it ends the child, in order while the main loop
+answers, by force after a grace. Closing the pipe on purpose is also how a parent stops a child, so there is one way to
+stop and it is exercised at every exit. A worker also asks the kernel to kill it with its parent (PR_SET_PDEATHSIG), since
+a long call into a device driver can keep Python's watch thread from running.
+
+The child is started from a thread that lives until the child has ended: the kernel ties PR_SET_PDEATHSIG to the
+*thread* that started the child, and the same thread waits for the child, so that its end is known at once.
+"""
+
+import contextlib
+import ctypes
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+
+import folovllm
+from folovllm.common.config import child_environment
+
+_PR_SET_PDEATHSIG = 1
+_READ_SIZE = 64
+
+
+class ChildProcess:
+    """A running child, made by `ChildProcess(module, arguments, name)`.
+
+    `sentinel` is a file descriptor that becomes readable when the child has ended, for use in a poller.
+    """
+
+    def __init__(self, module: str, arguments: Sequence[str], name: str) -> None:
+        """Starts `python -m module arguments --death-fd N`. Raises OSError where the system cannot start it."""
+        self.name = name
+        death_read, self._death_write = os.pipe()
+        self.sentinel, sentinel_write = os.pipe()
+        command = [sys.executable, "-P", "-m", module, *arguments, "--death-fd", str(death_read)]
+        started = threading.Event()
+        outcome: list[subprocess.Popen[bytes] | OSError] = []
+
+        def run() -> None:
+            try:
+                outcome.append(_start(command, death_read))
+            except OSError as error:
+                outcome.append(error)
+            os.close(death_read)
+            started.set()
+            if isinstance(outcome[0], subprocess.Popen):
+                outcome[0].wait()
+            os.close(sentinel_write)
+
+        self._thread = threading.Thread(target=run, name=f"wait-{name}", daemon=True)
+        self._thread.start()
+        started.wait()
+        if isinstance(outcome[0], OSError):
+            self.close()
+            raise outcome[0]
+        self._process = outcome[0]
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def exit_code(self) -> int | None:
+        """The child's exit code, minus the signal's number if one killed it; None while it runs."""
+        return self._process.returncode
+
+    def exit_cause(self) -> str:
+        """The child's end in words, such as "core (pid 12) was killed by SIGKILL"."""
+        code = self.exit_code()
+        who = f"{self.name} (pid {self.pid})"
+        if code is None:
+            return f"{who} is running"
+        if code < 0:
+            return f"{who} was killed by {signal.Signals(-code).name}"
+        return f"{who} ended with exit code {code}"
+
+    def ask_to_stop(self) -> None:
+        """Closes the death pipe: the child ends by itself. May be called again."""
+        if self._death_write >= 0:
+            os.close(self._death_write)
+            self._death_write = -1
+
+    def stop(self, grace_s: float) -> int:
+        """Stops the child: by request, after `grace_s` seconds by SIGKILL. Returns its exit code."""
+        self.ask_to_stop()
+        self._thread.join(grace_s)
+        if self._thread.is_alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            self._thread.join()
+        self.close()
+        return self._process.returncode
+
+    def close(self) -> None:
+        """Releases the descriptors of a child that has ended."""
+        self.ask_to_stop()
+        if self.sentinel >= 0:
+            os.close(self.sentinel)
+            self.sentinel = -1
+
+
+def _start(command: list[str], death_read: int) -> "subprocess.Popen[bytes]":
+    package_parent = str(pathlib.Path(folovllm.__file__).resolve().parent.parent)
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=2,  # the parent's stdout belongs to the user's program
+        pass_fds=(death_read,),
+        env=child_environment(package_parent),
+        start_new_session=True,  # Ctrl-C in the terminal reaches the parent alone, which then stops its children
+    )
+
+
+class ParentWatch:
+    """The child's side of the death pipe. `fd` becomes readable (end-of-file) when the parent is gone or wants the end.
+
+    Start it on the first line of `main`. The main loop polls `fd` and ends in order; if the process is still there
+    `grace_s` seconds after the pipe closed, the watch thread calls `last_will` and ends it.
+    """
+
+    def __init__(self, death_fd: int, grace_s: float, last_will: Callable[[], None]) -> None:
+        self.fd = death_fd
+        self._grace_s = grace_s
+        self._last_will = last_will
+        self._ended = threading.Event()
+        threading.Thread(target=self._watch, name="parent-watch", daemon=True).start()
+
+    def set_last_will(self, last_will: Callable[[], None]) -> None:
+        """Replaces what is done before a forced end, once it is known what there is to clean up."""
+        self._last_will = last_will
+
+    def _watch(self) -> None:
+        while os.read(self.fd, _READ_SIZE):
+            pass  # nothing is ever written to the pipe; only its end matters
+        self._ended.wait(self._grace_s)
+        self._last_will()
+        os._exit(0)
+
+
+def die_with_parent_thread() -> None:
+    """Asks Linux to kill this process when the thread that started it ends (PR_SET_PDEATHSIG); elsewhere does nothing."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,142 @@
+"""Engine options: frozen, checked when they are made, with defaults; and the only reader of the environment.
+
+Only a process's `main` unpacks an `EngineConfig`; everything below it takes numbers and collaborators.
+"""
+
+import os
+import pathlib
+from typing import Literal, get_args
+
+import msgspec
+
+from folovllm.common.errors import ConfigError
+from folovllm.common.log import check_level
+
+DType = Literal["auto", "bfloat16", "float16", "float32"]
+Device = Literal["auto", "cpu", "cuda"]
+SchedulingPolicy = Literal["fcfs", "priority"]
+LoadFormat = Literal["auto", "dummy"]
+AttentionBackendName = Literal["auto", "torch_naive", "paged"]
+
+MAX_SLOTS = 65536
+MAX_PIPELINE_DEPTH = 2
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All options of one engine. Sent by whoever starts the core, passed on by the core to its workers.
+
+    Attributes:
+        model: folder of the model, already resolved (`folovllm.frontend.model_hub.resolve`).
+        dtype: type of weights and KV cache; "auto" takes the checkpoint's.
+        device: where the worker runs; "auto" is CUDA where present, else the CPU.
+        load_format: "auto" reads safetensors; "dummy" makes random weights from config.json alone.
+        seed: seed of dummy weights, and of the seeds that the frontend draws for requests without one.
+        num_valid_token_ids: ids the tokenizer knows (largest + 1); logits beyond are never sampled. None: all columns.
+        max_model_len: longest prompt + output in tokens; None takes config.json's maximum.
+        block_size: tokens in one KV block.
+        num_gpu_blocks_override: number of KV blocks, instead of deriving it from memory (on the CPU too).
+        gpu_memory_utilization: share of the device's memory the engine may use in all; on the CPU the share of the
+            available memory that the KV pool may take at most.
+        kv_cache_memory_gb: size of the KV pool in GiB, instead of deriving it; None derives it.
+        max_num_seqs: requests running at once (slots).
+        max_num_batched_tokens: token budget of one step.
+        scheduling_policy: "fcfs", or "priority" (lower numbers first).
+        pipeline_depth: steps in flight, 1 or 2.
+        max_num_queued_reqs: bound on waiting requests; more are refused.
+        max_num_queued_tokens: bound on the prompt tokens of waiting requests; None sets no bound.
+        attention_backend: "auto" chooses and logs why.
+        cpu_threads: threads of the CPU worker; None takes the physical cores this process may use.
+        log_level: debug, info, warning or error.
+    """
+
+    model: str
+    dtype: DType = "auto"
+    device: Device = "auto"
+    load_format: LoadFormat = "auto"
+    seed: int = 0
+    num_valid_token_ids: int | None = None
+    max_model_len: int | None = None
+    block_size: int = 16
+    num_gpu_blocks_override: int | None = None
+    gpu_memory_utilization: float = 0.9
+    kv_cache_memory_gb: float | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    scheduling_policy: SchedulingPolicy = "fcfs"
+    pipeline_depth: int = 2
+    max_num_queued_reqs: int = 100_000
+    max_num_queued_tokens: int | None = None
+    attention_backend: AttentionBackendName = "auto"
+    cpu_threads: int | None = None
+    log_level: str = "info"
+
+    def __post_init__(self) -> None:
+        check_choice("dtype", self.dtype, get_args(DType))
+        check_choice("device", self.device, get_args(Device))
+        check_choice("load_format", self.load_format, get_args(LoadFormat))
+        check_choice("scheduling_policy", self.scheduling_policy, get_args(SchedulingPolicy))
+        check_choice("attention_backend", self.attention_backend, get_args(AttentionBackendName))
+        check_range("seed", self.seed, -(2**63), 2**63 - 1)
+        check_range("block_size", self.block_size, 1, 1024)
+        check_range("max_num_seqs", self.max_num_seqs, 1, MAX_SLOTS)
+        check_range("max_num_batched_tokens", self.max_num_batched_tokens, 1, 2**24)
+        check_range("pipeline_depth", self.pipeline_depth, 1, MAX_PIPELINE_DEPTH)
+        check_range("max_num_queued_reqs", self.max_num_queued_reqs, 1, 2**31 - 1)
+        check_optional_range("max_model_len", self.max_model_len, 2, 2**24)
+        check_optional_range("num_valid_token_ids", self.num_valid_token_ids, 1, 2**31 - 1)
+        check_optional_range("num_gpu_blocks_override", self.num_gpu_blocks_override, 2, 2**31 - 1)
+        check_optional_range("max_num_queued_tokens", self.max_num_queued_tokens, 1, 2**53)
+        check_optional_range("cpu_threads", self.cpu_threads, 1, 4096)
+        check_optional_range("kv_cache_memory_gb", self.kv_cache_memory_gb, 0.0, 2.0**20)
+        check_range("gpu_memory_utilization", self.gpu_memory_utilization, 0.01, 1.0)
+        check_level(self.log_level)
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens} is smaller than max_num_seqs={self.max_num_seqs}: "
+                "a step could not give every running request its one token; raise the first or lower the second"
+            )
+        if self.num_gpu_blocks_override is not None and self.kv_cache_memory_gb is not None:
+            raise ConfigError("num_gpu_blocks_override and kv_cache_memory_gb both set the KV pool's size; give one")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raises ConfigError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r} is not known; choose one of {', '.join(choices)}")
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Raises ConfigError unless `value` is a number in [low, high] (a whole one where `low` is an int)."""
+    kinds = (int,) if isinstance(low, int) else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise ConfigError(f"{name}={value!r} must be {'a whole number' if kinds == (int,) else 'a number'}")
+    if not low <= value <= high:
+        raise ConfigError(f"{name}={value!r} is out of range; it must lie between {low} and {high}")
+
+
+def check_optional_range(name: str, value: float | None, low: float, high: float) -> None:
+    """`check_range` where None is allowed."""
+    if value is not None:
+        check_range(name, value, low, high)
+
+
+def cache_dir() -> pathlib.Path:
+    """Where converted models and engine keys are kept: $FOLOVLLM_CACHE, else ~/.cache/folovllm."""
+    set_by_user = os.environ.get("FOLOVLLM_CACHE")
+    return pathlib.Path(set_by_user).expanduser() if set_by_user else pathlib.Path.home() / ".cache" / "folovllm"
+
+
+def default_log_level() -> str:
+    """Level used where none is given: $FOLOVLLM_LOG_LEVEL, else "warning" for libraries' sake."""
+    return os.environ.get("FOLOVLLM_LOG_LEVEL", "warning")
+
+
+def child_environment(package_parent: str) -> dict[str, str]:
+    """This process's environment, with the folder that holds the package first on PYTHONPATH.
+
+    A child must find the very package that started it, whatever the working directory is.
+    """
+    environment = dict(os.environ)
+    rest = environment.get("PYTHONPATH")
+    environment["PYTHONPATH"] = os.pathsep.join([package_parent, rest] if rest else [package_parent])
+    return environment

@@ -1,0 +1,103 @@
+"""Core ↔ worker: one SchedulerOutput for each step one way, one ModelRunnerOutput the other way.
+
+Arrays travel as little-endian int32 bytes (`numpy.frombuffer(field, "<i4")`). Steps are executed in the order they are
+sent; up to `pipeline_depth` are in flight. Slots are rows of the worker's persistent state.
+"""
+
+import msgspec
+
+from folovllm.common.messages.lifecycle import BadFrame, ConfigureWorker, Failed, Hello, WorkerReady
+
+
+class SamplingRow(msgspec.Struct, array_like=True, omit_defaults=True, gc=False, frozen=True):
+    """What the worker must know to sample one request: resolved numbers, no text.
+
+    Attributes:
+        temperature: ≥ 0; 0 is greedy.
+        top_k: ≥ 1, or 0 for all tokens.
+        top_p: in (0, 1].
+        min_p: in [0, 1].
+        seed: 64-bit seed of the request; always set (the frontend draws one where the user gave none).
+        sample_index: which of the request's `n` answers this is; part of the hash that draws its tokens.
+        min_tokens: the stop set is masked before this many output tokens.
+        stop_token_ids: int32 bytes; the whole stop set (end-of-sequence ids and stop_token_ids), resolved once.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    sample_index: int = 0
+    min_tokens: int = 0
+    stop_token_ids: bytes = b""
+
+
+class NewRequest(msgspec.Struct, array_like=True, omit_defaults=True, gc=False, frozen=True):
+    """A request that takes a slot in this step: a new one, a fork, or one that comes back after preemption.
+
+    Attributes:
+        slot: row of the worker's persistent state; whatever was there is overwritten.
+        token_ids: int32 bytes; every known token, the prompt and (after preemption) what was generated.
+        num_prompt_tokens: how many of them are the prompt; the rest are output, so that sampling goes on where it was.
+        num_computed_tokens: tokens whose K and V are in the cache already (shared blocks).
+        block_ids: int32 bytes; the KV blocks in order.
+        sampling: how to sample.
+    """
+
+    slot: int
+    token_ids: bytes
+    num_prompt_tokens: int
+    num_computed_tokens: int
+    block_ids: bytes
+    sampling: SamplingRow
+
+
+class SchedulerOutput(msgspec.Struct, array_like=True, omit_defaults=True, gc=False, frozen=True, tag="step"):
+    """Core → worker: one step.
+
+    A slot samples one token if the step computes the last token known for it; the sampled token is then known to the
+    worker (it is the slot's next input) and nothing more is sent for it. The worker applies, in this order: new_requests,
+    appended blocks, block_copies, then computes.
+
+    Attributes:
+        step_id: counts up by one; echoed by ModelRunnerOutput.
+        slots: int32 bytes; slots scheduled: first those with one token, then those with more.
+        num_scheduled_tokens: int32 bytes; token counts (> 1) of the last `len / 4` slots; all before them have one token.
+        new_requests: slots filled anew in this step.
+        append_slots: int32 bytes; slots that get one more KV block each (a slot may occur several times).
+        append_block_ids: int32 bytes; the block for each of `append_slots`, put at the end of the slot's block table.
+        block_copies: int32 bytes; pairs (source block, destination block) copied before the step's first write.
+        replace_slots: int32 bytes; slots for which one entry of the block table changes (the copy after copy-on-write).
+        replace_entries: int32 bytes; pairs (index in the block table, new block id) for each of `replace_slots`.
+    """
+
+    step_id: int
+    slots: bytes
+    num_scheduled_tokens: bytes = b""
+    new_requests: list[NewRequest] = []
+    append_slots: bytes = b""
+    append_block_ids: bytes = b""
+    block_copies: bytes = b""
+    replace_slots: bytes = b""
+    replace_entries: bytes = b""
+
+
+class ModelRunnerOutput(msgspec.Struct, array_like=True, omit_defaults=True, gc=False, frozen=True, tag="tokens"):
+    """Worker → core: the result of one step.
+
+    Attributes:
+        step_id: the step's.
+        token_ids: int32 bytes; one sampled token for each slot that sampled, in the order of `slots`.
+        no_token_rows: int32 bytes; indices into `token_ids` whose constraints left no token to choose (its token is void).
+        error: "" or what went wrong; then `token_ids` is empty and the requests of the step are failed by the core.
+    """
+
+    step_id: int
+    token_ids: bytes = b""
+    no_token_rows: bytes = b""
+    error: str = ""
+
+
+CoreToWorker = ConfigureWorker | SchedulerOutput | BadFrame
+WorkerToCore = Hello | WorkerReady | Failed | ModelRunnerOutput | BadFrame

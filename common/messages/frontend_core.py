@@ -1,0 +1,188 @@
+"""Frontend ↔ core: requests one way, tokens and ends the other way.
+
+A frontend names its requests by numbers of its own (0 ≤ number < 2**31), unique among its live requests; a request with
+`n` answers takes `n` consecutive numbers. The core keeps the frontends' numbers apart, so two frontends may use the same.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from folovllm.common.messages.core_worker import SamplingRow
+from folovllm.common.messages.lifecycle import BadFrame, Hello
+
+FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
+RejectKind = Literal["invalid", "queue_full", "draining"]
+
+
+class EngineCoreRequest(msgspec.Struct, array_like=True, omit_defaults=True, gc=False, frozen=True):
+    """One prompt to be answered `n` times.
+
+    Attributes:
+        number: the frontend's number of the first answer; answer i has `number + i`.
+        request_id: the user's name for it, for logs only; need not be unique.
+        prompt_token_ids: int32 bytes, at least one token.
+        sampling: `sample_index` is 0 here; the core sets it for each answer.
+        max_tokens: most output tokens of each answer.
+        n: number of answers.
+        priority: lower runs first where the policy is "priority".
+        stream: True: every token is reported in the step that made it; False: once, at the end.
+    """
+
+    number: int
+    request_id: str
+    prompt_token_ids: bytes
+    sampling: SamplingRow
+    max_tokens: int
+    n: int = 1
+    priority: int = 0
+    stream: bool = False
+
+
+class AddRequests(msgspec.Struct, array_like=True, gc=False, frozen=True, tag="add"):
+    """Frontend → core: new requests, admitted or refused one by one."""
+
+    requests: list[EngineCoreRequest]
+
+
+class AbortRequests(msgspec.Struct, array_like=True, gc=False, frozen=True, tag="abort"):
+    """Frontend → core: forget these requests (int32 bytes). Numbers that are not live are passed over.
+
+    No output for a number is sent after the core has read this; the frontend drops what is still on its way.
+    """
+
+    numbers: bytes
+
+
+class GetStats(msgspec.Struct, array_like=True, gc=False, frozen=True, tag="get-stats"):
+    """Frontend → core: asks for EngineStats. `ticket` is echoed; also serves as a health check (a round trip)."""
+
+    ticket: int
+
+
+class Welcome(msgspec.Struct, array_like=True, frozen=True, tag="welcome"):
+    """Core → frontend: the answer to its Hello.
+
+    Attributes:
+        model: folder of the model, as given to the core.
+        max_model_len: longest prompt + output in tokens.
+        num_valid_token_ids: token ids allowed in prompts are below this.
+        block_size: tokens in one KV block.
+        num_blocks: usable KV blocks (block 0 not counted).
+        max_num_seqs: requests running at once.
+        device: the worker's device in words.
+        dtype: type of weights and KV cache.
+        version: FoloVLLM's version in the core.
+    """
+
+    model: str
+    max_model_len: int
+    num_valid_token_ids: int
+    block_size: int
+    num_blocks: int
+    max_num_seqs: int
+    device: str
+    dtype: str
+    version: str
+
+
+class FinishedRequest(msgspec.Struct, array_like=True, omit_defaults=True, gc=False, frozen=True):
+    """The end of one answer.
+
+    Attributes:
+        number: the frontend's number of the answer.
+        finish_reason: why it ended.
+        stop_token_id: the token of the stop set that ended it (part of the output), None if none did.
+        token_ids: int32 bytes; the whole output if the request does not stream, else empty.
+        num_cached_tokens: prompt tokens that were taken from shared blocks instead of being computed.
+        num_preemptions: how often it was preempted.
+        queue_s: seconds from the core's receipt to the first schedule.
+        first_token_s: seconds from the core's receipt to the first token; 0 if there was none.
+        total_s: seconds from the core's receipt to the end.
+        error: text for finish_reason "error".
+    """
+
+    number: int
+    finish_reason: FinishReason
+    stop_token_id: int | None = None
+    token_ids: bytes = b""
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    queue_s: float = 0.0
+    first_token_s: float = 0.0
+    total_s: float = 0.0
+    error: str = ""
+
+
+class RejectedRequest(msgspec.Struct, array_like=True, omit_defaults=True, gc=False, frozen=True):
+    """A request that was refused: `number` and, for "invalid", the `field` at fault; `retry_after_s` for "queue_full"."""
+
+    number: int
+    kind: RejectKind
+    message: str
+    field: str = ""
+    retry_after_s: float = 0.0
+
+
+class EngineCoreOutputs(msgspec.Struct, array_like=True, omit_defaults=True, gc=False, frozen=True, tag="outputs"):
+    """Core → frontend: what one step brought for this frontend.
+
+    Attributes:
+        numbers: int32 bytes; for each new token of a streaming request, the request's number.
+        token_ids: int32 bytes; the tokens, parallel to `numbers`; in order for each request.
+        finished: answers that ended; their last tokens are in `token_ids` (streaming) or in the entry itself.
+        rejected: requests that were refused.
+    """
+
+    numbers: bytes = b""
+    token_ids: bytes = b""
+    finished: list[FinishedRequest] = []
+    rejected: list[RejectedRequest] = []
+
+
+class EngineStats(msgspec.Struct, array_like=True, gc=False, frozen=True, tag="stats"):
+    """Core → frontend: the engine's state now.
+
+    Attributes:
+        ticket: echoed from GetStats.
+        num_running: requests that hold a slot.
+        num_waiting: requests in the queue.
+        num_free_blocks: KV blocks that are free.
+        num_blocks: usable KV blocks.
+        num_cached_tokens_total: prompt tokens taken from shared blocks since start.
+        num_preemptions_total: preemptions since start.
+        num_lost_tokens_total: tokens computed and thrown away by preemption since start.
+        num_prompt_tokens_total: prompt tokens of all admitted answers since start.
+        num_output_tokens_total: tokens generated since start.
+        num_frontends: frontends connected.
+        num_steps_total: steps submitted since start.
+        tokens_in_use: tokens whose K and V are held in blocks now.
+    """
+
+    ticket: int
+    num_running: int
+    num_waiting: int
+    num_free_blocks: int
+    num_blocks: int
+    num_cached_tokens_total: int
+    num_preemptions_total: int
+    num_lost_tokens_total: int
+    num_prompt_tokens_total: int
+    num_output_tokens_total: int
+    num_frontends: int
+    num_steps_total: int
+    tokens_in_use: int
+
+
+class Ping(msgspec.Struct, array_like=True, gc=False, frozen=True, tag="ping"):
+    """Core → frontend: nothing to say; its delivery tells the core that the frontend is still connected."""
+
+
+class EngineFailed(msgspec.Struct, array_like=True, gc=False, frozen=True, tag="engine-failed"):
+    """Core → frontend: the engine ends; `message` says why."""
+
+    message: str
+
+
+FrontendToCore = Hello | AddRequests | AbortRequests | GetStats | BadFrame
+CoreToFrontend = Welcome | EngineCoreOutputs | EngineStats | Ping | EngineFailed | BadFrame
