@@ -1,6 +1,6 @@
 """What a model folder's config.json and generation_config.json say, checked and brought into one spelling.
 
-What would change the network and is not supported (architecture, rope type, activation, sliding window, quantization) is
+What would change the network and is not supported (architecture, rope type, activation, window, quantization) is
 refused here by name, so that nothing is accepted and ignored. Where config.json leaves a field out, the default is the
 one that transformers has for the architecture, since the file was written with that default in mind.
 """
@@ -36,7 +36,7 @@ _SIZES = (
 
 
 class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Rotary position embedding, both spellings of config.json (`rope_theta` + `rope_scaling`, `rope_parameters`) in one.
+    """Rotary position embedding; config.json spells it `rope_theta` + `rope_scaling` or `rope_parameters`.
 
     Attributes:
         rope_type: how frequencies are derived from theta; the fields below that it does not use keep their defaults.
