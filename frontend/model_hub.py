@@ -10,6 +10,7 @@ from folovllm.common.errors import ModelError
 logger = logging.getLogger(__name__)
 
 DEMO = "demo"
+_CONFIG = "config.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # What an engine needs of a repository, which often holds the same weights in three formats.
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
@@ -21,15 +22,15 @@ def resolve(model: str | os.PathLike[str]) -> Path:
     Args:
         model: a local Hugging Face folder; or `demo`, a small model that is made on first use (see demo_model.py); or
             the id `organisation/name` of a repository on the Hugging Face hub, downloaded where the hub can be reached.
-            An existing folder comes first, so that a folder called `demo` or `org/name` can be used.
+            An existing folder comes first, but one called `demo` only if it holds a model.
 
     Raises:
         ModelError: it is none of the three, the folder lacks config.json, or the download fails.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
-        return _checked(path)
     name = os.fspath(model)
+    if path.is_dir() and (name != DEMO or (path / _CONFIG).is_file()):
+        return _checked(path)
     if name == DEMO:
         from folovllm.frontend.demo_model import demo_model_dir
 
@@ -43,7 +44,7 @@ def resolve(model: str | os.PathLike[str]) -> Path:
 
 
 def _checked(folder: Path) -> Path:
-    if (folder / "config.json").is_file():
+    if (folder / _CONFIG).is_file():
         return folder
     names = sorted(entry.name for entry in folder.iterdir())
     found = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
@@ -51,7 +52,7 @@ def _checked(folder: Path) -> Path:
     if any(name.endswith(".gguf") for name in names):
         hint = "; GGUF files cannot be loaded, take the model's safetensors version"
     raise ModelError(
-        f"{folder.absolute()} is not a Hugging Face model folder: config.json is missing "
+        f"{folder.absolute()} is not a Hugging Face model folder: {_CONFIG} is missing "
         f"(found: {found or 'nothing'}){hint}"
     )
 

@@ -56,7 +56,7 @@ def qwen3_tokenizer(qwen3_tokenizer_dir: Path) -> Tokenizer:
 
 @pytest.fixture(scope="session", params=["built", "qwen3"])
 def cases_tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
-    """A tokenizer in which the token ids of the fault cases mean what they mean to Qwen3: a small one, and the real one."""
+    """Tokenizers in which the ids of the fault cases mean what they mean to Qwen3: a small one, and the real one."""
     if request.param == "built":
         return case_tokenizer()
     found = request.getfixturevalue("qwen3_tokenizer")
@@ -65,7 +65,7 @@ def cases_tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
 
 
 def _cached_folder(name: str, fetch: Callable[[Path], Path]) -> Path:
-    """The folder `name` of the test cache; filled aside and renamed, so that two test runs do not disturb each other."""
+    """The folder `name` of the test cache; filled aside and renamed, so that two test runs do not clash."""
     folder = cache_dir() / "tests" / name
     if folder.is_dir():
         return folder
