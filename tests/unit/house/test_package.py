@@ -6,11 +6,12 @@ import shutil
 import subprocess
 import sys
 import typing
+import zipfile
 
 import pytest
 
 import folovllm
-from tests.sources import ROOMS, ROOT
+from tests.sources import ROOMS, ROOT, source_files
 
 
 def _import_error_of(folder: pathlib.Path) -> str:
@@ -59,6 +60,17 @@ def test_the_rooms_are_tracked_relative_links() -> None:
     links = {line.split("\t")[1] for line in done.stdout.splitlines() if line.startswith("120000 ")}
     assert links == {f"folovllm/{room}" for room in ROOMS}
     assert {(ROOT / link).readlink().as_posix() for link in links} == {f"../{room}" for room in ROOMS}
+
+
+def test_the_wheel_holds_every_source_file_once_and_nothing_else(tmp_path: pathlib.Path) -> None:
+    build = "import sys, hatchling.build; print(hatchling.build.build_wheel(sys.argv[1]))"
+    done = subprocess.run(
+        [sys.executable, "-c", build, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=100, check=True
+    )
+    with zipfile.ZipFile(tmp_path / done.stdout.split()[-1]) as wheel:
+        held = sorted(name for name in wheel.namelist() if ".dist-info/" not in name)
+    face = ["folovllm/__init__.py", "folovllm/__main__.py", "folovllm/py.typed"]
+    assert held == sorted(face + [f"folovllm/{file.name}" for file in source_files()])
 
 
 def test_every_public_name_resolves_and_is_listed() -> None:
