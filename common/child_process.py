@@ -1,16 +1,15 @@
 """Child processes that die with their parent, and parents that learn of a death at once.
 
 The parent holds the writing end of a pipe, the *death pipe*; the child inherits the reading end. The parent's end, by
-whatever cause, closes the pipe, and the child's watch sees end-of-file: it ends the child, in order while the main loop
-answers, by force after a grace. Closing the pipe on purpose is also how a parent stops a child, so there is one way to
-stop and it is exercised at every exit. A worker also asks the kernel to kill it with its parent (PR_SET_PDEATHSIG), since
-a long call into a device driver can keep Python's watch thread from running.
+whatever cause, closes the pipe, and the child's watch sees end-of-file: it ends the child, in order while the main
+loop answers, by force after a grace. Closing the pipe on purpose is also how a parent stops a child, so there is one
+way to stop and it is exercised at every exit. A worker also asks the kernel to kill it with its parent
+(PR_SET_PDEATHSIG), since a long call into a device driver can keep Python's watch thread from running.
 
 The child is started from a thread that lives until the child has ended: the kernel ties PR_SET_PDEATHSIG to the
 *thread* that started the child, and the same thread waits for the child, so that its end is known at once.
 """
 
-import contextlib
 import ctypes
 import os
 import pathlib
@@ -18,6 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 import folovllm
@@ -90,8 +90,7 @@ class ChildProcess:
         self.ask_to_stop()
         self._thread.join(grace_s)
         if self._thread.is_alive():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
+            self._process.kill()
             self._thread.join()
         self.close()
         return self._process.returncode
@@ -127,7 +126,6 @@ class ParentWatch:
         self.fd = death_fd
         self._grace_s = grace_s
         self._last_will = last_will
-        self._ended = threading.Event()
         threading.Thread(target=self._watch, name="parent-watch", daemon=True).start()
 
     def set_last_will(self, last_will: Callable[[], None]) -> None:
@@ -137,12 +135,12 @@ class ParentWatch:
     def _watch(self) -> None:
         while os.read(self.fd, _READ_SIZE):
             pass  # nothing is ever written to the pipe; only its end matters
-        self._ended.wait(self._grace_s)
+        time.sleep(self._grace_s)  # the main thread is cleaning up; if it ends in time, this thread goes with it
         self._last_will()
         os._exit(0)
 
 
 def die_with_parent_thread() -> None:
-    """Asks Linux to kill this process when the thread that started it ends (PR_SET_PDEATHSIG); elsewhere does nothing."""
+    """Asks Linux to kill this process when the thread that started it ends (PR_SET_PDEATHSIG); elsewhere nothing."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

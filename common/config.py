@@ -92,8 +92,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         check_level(self.log_level)
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
-                f"max_num_batched_tokens={self.max_num_batched_tokens} is smaller than max_num_seqs={self.max_num_seqs}: "
-                "a step could not give every running request its one token; raise the first or lower the second"
+                f"max_num_batched_tokens={self.max_num_batched_tokens} is smaller than max_num_seqs="
+                f"{self.max_num_seqs}: a step could not give every running request its one token; raise the first "
+                "or lower the second"
             )
         if self.num_gpu_blocks_override is not None and self.kv_cache_memory_gb is not None:
             raise ConfigError("num_gpu_blocks_override and kv_cache_memory_gb both set the KV pool's size; give one")

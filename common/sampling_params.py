@@ -47,8 +47,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         include_stop_str_in_output: keep the stop string at the end of the text.
         skip_special_tokens: leave special tokens out of the text.
 
-    Penalties, logit_bias, allowed_token_ids, bad_words, logprobs, prompt_logprobs and structured_outputs are known by name
-    and refused unless they have their neutral value.
+    Penalties, logit_bias, allowed_token_ids, bad_words, logprobs, prompt_logprobs and structured_outputs are known by
+    name and refused unless they have their neutral value.
 
     Raises:
         RequestError: a value is out of its range; the message names field, value and range.

@@ -1,11 +1,16 @@
 """Sockets between processes: endpoints, CURVE keys, typed codecs. It does not know what messages mean.
 
-An endpoint is `ipc://PATH` or `tcp://HOST:PORT`, the latter always encrypted and authenticated with CURVE. A tcp endpoint
-may name its key file, `tcp://HOST:PORT?key=FILE`; without it `<cache>/engine.key` is used, which the binding side makes
-on first use (mode 0600). The file holds the server's key pair and the one client key pair that is let in; a client on
-another machine needs a copy of it.
+An endpoint is `ipc://PATH` or `tcp://HOST:PORT`, the latter always encrypted and authenticated with CURVE. A tcp
+endpoint may name its key file, `tcp://HOST:PORT?key=FILE`; without it `<cache>/engine.key` is used, which the binding
+side makes on first use (mode 0600). The file holds the server's key pair and the one client key pair that is let in; a
+client on another machine needs a copy of it.
+
+Heartbeats run on tcp only. Over ipc the kernel reports a peer's end at once, and a peer that is merely stopped
+(SIGSTOP, a debugger) must not lose its connection, and the frames on it, for being silent.
 """
 
+import contextlib
+import os
 import pathlib
 import tempfile
 import urllib.parse
@@ -73,13 +78,9 @@ class CurveKeys(msgspec.Struct, frozen=True):
 
 def load_keys(path: pathlib.Path, *, create: bool) -> CurveKeys:
     """Reads a key file; makes one first (mode 0600) if `create` and it is absent. Raises ConfigError."""
-    if create and not path.exists():
-        server, client = zmq.curve_keypair(), zmq.curve_keypair()
-        keys = CurveKeys(*(key.decode() for key in (*server, *client)))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(mode=0o600)
-        path.write_bytes(msgspec.json.encode(keys))
     try:
+        if create and not path.exists():
+            _make_keys(path)
         return msgspec.json.decode(path.read_bytes(), type=CurveKeys)
     except FileNotFoundError:
         message = f"key file {path} does not exist; copy it from the engine's machine, or name it with ?key=FILE"
@@ -88,13 +89,25 @@ def load_keys(path: pathlib.Path, *, create: bool) -> CurveKeys:
         raise ConfigError(f"key file {path} cannot be used: {error}") from error
 
 
+def _make_keys(path: pathlib.Path) -> None:
+    """Writes a new key file as a whole, so that nobody reads half of it; of two that do so at once, the first wins."""
+    server, client = zmq.curve_keypair(), zmq.curve_keypair()
+    keys = CurveKeys(*(key.decode() for key in (*server, *client)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent) as file:  # made with mode 0600
+        file.write(msgspec.json.encode(keys))
+        file.flush()
+        with contextlib.suppress(FileExistsError):
+            os.link(file.name, path)
+
+
 class _OneClient:
     """The callback that pyzmq's authenticator asks whether a client's public key may come in."""
 
     def __init__(self, client_public: str) -> None:
         self._client_public = client_public.encode()
 
-    def callback(self, domain: str, key: bytes) -> bool:
+    def callback(self, domain: str, key: bytes) -> bool:  # noqa: ARG002 - pyzmq's signature
         return key == self._client_public  # Z85, as pyzmq passes it
 
 
@@ -111,13 +124,10 @@ class Authenticator:
 
 
 def new_socket(context: "zmq.Context[zmq.Socket[bytes]]", kind: int) -> "zmq.Socket[bytes]":
-    """A socket with the options all of ours share: heartbeats, bounded frames, no lingering at close."""
+    """A socket with the options all of ours share: bounded frames, unbounded queues, no lingering at close."""
     socket = context.socket(kind)
     socket.linger = 0
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
-    socket.setsockopt(zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS)
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)
     if kind == zmq.ROUTER:
@@ -126,7 +136,7 @@ def new_socket(context: "zmq.Context[zmq.Socket[bytes]]", kind: int) -> "zmq.Soc
 
 
 def bind(socket: "zmq.Socket[bytes]", endpoint: str) -> tuple[str, Authenticator | None]:
-    """Binds `socket`; returns the endpoint as bound (the port the system chose filled in) and the authenticator for tcp.
+    """Binds `socket`; returns the endpoint as bound (with the port the system chose) and the authenticator for tcp.
 
     Raises ConfigError where the endpoint is wrong or in use.
     """
@@ -138,6 +148,7 @@ def bind(socket: "zmq.Socket[bytes]", endpoint: str) -> tuple[str, Authenticator
         socket.curve_secretkey = keys.server_secret.encode()
         socket.curve_publickey = keys.server_public.encode()
         socket.curve_server = True
+        _start_heartbeats(socket)
     try:
         socket.bind(parsed.address)
     except zmq.ZMQError as error:
@@ -156,10 +167,17 @@ def connect(socket: "zmq.Socket[bytes]", endpoint: str) -> None:
         socket.curve_serverkey = keys.server_public.encode()
         socket.curve_publickey = keys.client_public.encode()
         socket.curve_secretkey = keys.client_secret.encode()
+        _start_heartbeats(socket)
     try:
         socket.connect(parsed.address)
     except zmq.ZMQError as error:
         raise ConfigError(f"cannot dial {endpoint}: {error}") from error
+
+
+def _start_heartbeats(socket: "zmq.Socket[bytes]") -> None:
+    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS)
 
 
 def make_runtime_dir(pid: int) -> pathlib.Path:

@@ -57,13 +57,13 @@ class SchedulerOutput(msgspec.Struct, array_like=True, omit_defaults=True, gc=Fa
     """Core → worker: one step.
 
     A slot samples one token if the step computes the last token known for it; the sampled token is then known to the
-    worker (it is the slot's next input) and nothing more is sent for it. The worker applies, in this order: new_requests,
-    appended blocks, block_copies, then computes.
+    worker (it is the slot's next input) and nothing more is sent for it. The worker applies, in this order:
+    new_requests, appended blocks, block_copies, then computes.
 
     Attributes:
         step_id: counts up by one; echoed by ModelRunnerOutput.
         slots: int32 bytes; slots scheduled: first those with one token, then those with more.
-        num_scheduled_tokens: int32 bytes; token counts (> 1) of the last `len / 4` slots; all before them have one token.
+        num_scheduled_tokens: int32 bytes; token counts (> 1) of the last `len / 4` slots; all before them have one.
         new_requests: slots filled anew in this step.
         append_slots: int32 bytes; slots that get one more KV block each (a slot may occur several times).
         append_block_ids: int32 bytes; the block for each of `append_slots`, put at the end of the slot's block table.
@@ -89,7 +89,8 @@ class ModelRunnerOutput(msgspec.Struct, array_like=True, omit_defaults=True, gc=
     Attributes:
         step_id: the step's.
         token_ids: int32 bytes; one sampled token for each slot that sampled, in the order of `slots`.
-        no_token_rows: int32 bytes; indices into `token_ids` whose constraints left no token to choose (its token is void).
+        no_token_rows: int32 bytes; indices into `token_ids` whose constraints left no token to choose (the token there
+            is void).
         error: "" or what went wrong; then `token_ids` is empty and the requests of the step are failed by the core.
     """
 

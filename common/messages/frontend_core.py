@@ -1,7 +1,8 @@
 """Frontend ↔ core: requests one way, tokens and ends the other way.
 
-A frontend names its requests by numbers of its own (0 ≤ number < 2**31), unique among its live requests; a request with
-`n` answers takes `n` consecutive numbers. The core keeps the frontends' numbers apart, so two frontends may use the same.
+A frontend names its requests by numbers of its own (0 ≤ number < 2**31), unique among its live requests; a request
+with `n` answers takes `n` consecutive numbers. The core keeps the frontends' numbers apart, so two frontends may use
+the same.
 """
 
 from typing import Literal
@@ -115,7 +116,15 @@ class FinishedRequest(msgspec.Struct, array_like=True, omit_defaults=True, gc=Fa
 
 
 class RejectedRequest(msgspec.Struct, array_like=True, omit_defaults=True, gc=False, frozen=True):
-    """A request that was refused: `number` and, for "invalid", the `field` at fault; `retry_after_s` for "queue_full"."""
+    """A request that was refused; none of its `n` answers will come.
+
+    Attributes:
+        number: the request's, that of its first answer.
+        kind: "invalid" can never run, "queue_full" may be tried again, "draining" must go to another engine.
+        message: why, with the figures; for people.
+        field: for "invalid", the field of EngineCoreRequest or SamplingRow at fault.
+        retry_after_s: for "queue_full", seconds after which another try is likely to succeed.
+    """
 
     number: int
     kind: RejectKind

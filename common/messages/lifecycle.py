@@ -33,11 +33,14 @@ class ConfigureCore(msgspec.Struct, array_like=True, frozen=True, tag="configure
         config: the engine's options.
         runtime_dir: folder (mode 0700) of this engine's sockets; the core removes it when it ends.
         listen: endpoint on which frontends are served; "" chooses an ipc endpoint in `runtime_dir`.
+        started_at: when the parent began to start the engine, in seconds since 1970; 0: unknown, phases then count
+            from each process's own start.
     """
 
     config: EngineConfig
     runtime_dir: str
     listen: str = ""
+    started_at: float = 0.0
 
 
 class ConfigureWorker(msgspec.Struct, array_like=True, frozen=True, tag="configure-worker"):
@@ -47,11 +50,13 @@ class ConfigureWorker(msgspec.Struct, array_like=True, frozen=True, tag="configu
         config: the engine's options.
         rank: index of this worker among the engine's workers.
         max_model_len: longest prompt + output in tokens, resolved.
+        started_at: ConfigureCore's.
     """
 
     config: EngineConfig
     rank: int
     max_model_len: int
+    started_at: float = 0.0
 
 
 class PhaseTime(msgspec.Struct, array_like=True, gc=False, frozen=True):
