@@ -170,7 +170,7 @@ def _render_continued(template: _Template, chat: list[dict[str, Any]], variables
         )
     mark = _MARK
     while mark in str(chat):
-        mark += "'"
+        mark += "+"
     rendered = template.render([*chat[:-1], {**last, "content": last["content"] + mark}], variables)
     prompt, found, _ = rendered.rpartition(mark)
     if not found:

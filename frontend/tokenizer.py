@@ -4,7 +4,7 @@ What decides what: `tokenizer.json` holds the vocabulary, the splitting and, in 
 is put in front (Llama 3: yes; Qwen, SmolLM2: no). `tokenizer_config.json` (older folders: `special_tokens_map.json`)
 names the special tokens, may add tokens, and carries the chat template, which a file `chat_template.jinja` overrides. A
 field `add_bos_token` there has no effect: the post-processor was written from it, and transformers 5 reads it the same
-way.
+way. Nor has `clean_up_tokenization_spaces`: it would change blanks that the model wrote, and text that is already sent.
 """
 
 import json

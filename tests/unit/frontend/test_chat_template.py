@@ -172,6 +172,17 @@ def test_L33_qwen3_puts_an_empty_think_block_before_it_in_both_modes(
     assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\nOK! ")
 
 
+@pytest.mark.parametrize("content", ["OK! ", "OK!\n", "OK"])
+@pytest.mark.parametrize("options", [{}, {"enable_thinking": True}, {"enable_thinking": False}])
+def test_L33_continued_qwen3_equals_transformers(
+    qwen3_tokenizer: Tokenizer, qwen3_oracle: Any, content: str, options: dict[str, Any]
+) -> None:
+    options = {"add_generation_prompt": False, "continue_final_message": True, **options}
+    chat = [USER, {"role": "assistant", "content": content}]
+    text = ChatTemplate.from_tokenizer(qwen3_tokenizer).render(chat, **options)
+    assert text == qwen3_oracle.apply_chat_template(chat, tokenize=False, **options)
+
+
 def test_L33_continue_and_generation_prompt_exclude_each_other(template: ChatTemplate) -> None:
     with pytest.raises(RequestError, match="add_generation_prompt=False") as caught:
         template.render([USER], add_generation_prompt=True, continue_final_message=True)
@@ -185,9 +196,9 @@ def test_L33_a_message_with_tool_calls_cannot_be_continued(template: ChatTemplat
 
 def test_continued_text_may_contain_the_mark_itself() -> None:
     template = ChatTemplate({"default": "{% for m in messages %}[{{ m.content }}]{% endfor %}"})
-    chat = [{"role": "user", "content": "FoloVLLM-end-of-final-message'"}, {"role": "assistant", "content": "x "}]
+    chat = [{"role": "user", "content": "FoloVLLM-end-of-final-message+"}, {"role": "assistant", "content": "x "}]
     text = template.render(chat, add_generation_prompt=False, continue_final_message=True)
-    assert text == "[FoloVLLM-end-of-final-message'][x "
+    assert text == "[FoloVLLM-end-of-final-message+][x "
 
 
 def test_a_template_that_leaves_out_the_last_message_cannot_continue_it() -> None:

@@ -1,12 +1,15 @@
 """The demo model against transformers' own reading of the same GGUF file, and the parts it is made of."""
 
+import filecmp
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +60,27 @@ def test_the_folder_is_an_ordinary_one(demo_model_dir: Path) -> None:
     assert generation == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
 
 
-def test_weights_equal_transformers_reading_of_the_gguf_file(demo_model_dir: Path, demo_gguf: Path) -> None:
-    config = LlamaConfig.from_pretrained(demo_model_dir)
+@pytest.fixture(scope="module")
+def fresh_folder(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("demo") / "fresh"
+    demo_model.convert(demo_gguf, folder)
+    yield folder
+    shutil.rmtree(folder)  # 270 MB
+
+
+def test_the_cached_folder_is_what_the_converter_writes_now(demo_model_dir: Path, fresh_folder: Path) -> None:
+    names = sorted(entry.name for entry in fresh_folder.iterdir())
+    assert names == sorted(entry.name for entry in demo_model_dir.iterdir())
+    changed = [name for name in names if not filecmp.cmp(fresh_folder / name, demo_model_dir / name, shallow=False)]
+    assert not changed, "the converter has changed: raise FOLDER_VERSION"
+
+
+def test_weights_equal_transformers_reading_of_the_gguf_file(fresh_folder: Path, demo_gguf: Path) -> None:
+    config = LlamaConfig.from_pretrained(fresh_folder)
     with torch.device("meta"):
         skeleton = LlamaForCausalLM(config)
     theirs = load_gguf_checkpoint(str(demo_gguf), return_tensors=True, model_to_load=skeleton)["tensors"]
-    ours = load_file(demo_model_dir / "model.safetensors")
+    ours = load_file(fresh_folder / "model.safetensors")
     assert set(ours) == {name for name, _ in skeleton.named_parameters()} == set(theirs)
     for name, tensor in ours.items():
         assert tensor.dtype == torch.bfloat16
@@ -190,12 +208,13 @@ def test_a_python_without_pip_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
         demo_model.download_gguf(tmp_path)
 
 
-def test_conversion_reports_its_progress(
+def test_conversion_reports_its_progress_and_removes_what_a_killed_one_left(
     demo_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(demo_model, "installed_gguf", lambda: demo_gguf)
     monkeypatch.setattr(demo_model, "convert", lambda source, folder: folder.mkdir())
     monkeypatch.setenv("FOLOVLLM_CACHE", str(tmp_path))
+    (tmp_path / "models" / f"smollm2-135m-instruct-v{demo_model.FOLDER_VERSION}.killed" / "x").mkdir(parents=True)
     with caplog.at_level(logging.INFO, logger="folovllm.frontend.demo_model"):
         folder = demo_model.demo_model_dir()
     assert folder.is_dir()

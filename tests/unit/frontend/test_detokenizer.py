@@ -159,6 +159,19 @@ def test_L07_a_match_that_is_complete_behind_the_floor_counts() -> None:
     assert by_id.num_tokens == 4
 
 
+def test_L08_an_end_of_sequence_at_once_gives_no_text(cases_tokenizer: Tokenizer) -> None:
+    for end in (151643, IM_END):
+        detokenizer = Detokenizer(cases_tokenizer, stop=["x"])
+        assert detokenizer.push([end], ends_with_stop_token=True) + detokenizer.finish() == ""
+        assert (detokenizer.num_tokens, detokenizer.stop_reason) == (1, None)
+
+
+def test_a_stop_string_before_the_token_that_ended_the_answer_wins() -> None:
+    detokenizer = Detokenizer(SMALL, stop=["x"])
+    assert detokenizer.push([64, 87, IM_END], ends_with_stop_token=True) == "a"
+    assert (detokenizer.num_tokens, detokenizer.stop_reason) == (2, "x")
+
+
 def test_of_several_stops_the_first_complete_one_ends_the_answer_and_the_longest_of_these() -> None:
     detokenizer = Detokenizer(SMALL, stop=["F", "DEF", "EFGH"])
     assert "".join(stream(detokenizer, [DE, FG, HI])) == ""
