@@ -12,8 +12,9 @@ logger = logging.getLogger(__name__)
 DEMO = "demo"
 _CONFIG = "config.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# What an engine needs of a repository, which often holds the same weights in three formats.
+# What an engine needs of a repository, which often holds the same weights in several formats.
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+_HUB_COPIES = ["original/*", "consolidated*"]
 
 
 def resolve(model: str | os.PathLike[str]) -> Path:
@@ -68,7 +69,7 @@ def _download(repo_id: str) -> Path:
         ) from error
     logger.info("looking up %s on the Hugging Face hub", repo_id)
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(repo_id, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_COPIES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"cannot get model {repo_id!r} from the Hugging Face hub ({type(error).__name__}: {_first_line(error)}). "

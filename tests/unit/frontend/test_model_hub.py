@@ -61,20 +61,21 @@ def test_demo_is_the_demo_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 
 def test_a_hub_id_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    asked: list[tuple[str, list[str]]] = []
+    asked: list[tuple[str, list[str], list[str]]] = []
 
-    def snapshot_download(repo_id: str, allow_patterns: list[str]) -> str:
-        asked.append((repo_id, allow_patterns))
+    def snapshot_download(repo_id: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        asked.append((repo_id, allow_patterns, ignore_patterns))
         return str(make_model(tmp_path / "snapshot"))
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert resolve("org/some-model.1") == tmp_path / "snapshot"
     assert asked[0][0] == "org/some-model.1"
     assert "*.safetensors" in asked[0][1]
+    assert "original/*" in asked[0][2]
 
 
 def test_an_unreachable_hub_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    def snapshot_download(repo_id: str, allow_patterns: list[str]) -> str:
+    def snapshot_download(repo_id: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
         raise LocalEntryNotFoundError("no connection\nand a long explanation")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
