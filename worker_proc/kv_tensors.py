@@ -1,0 +1,73 @@
+"""The KV cache: keys and values of all layers in fixed-size blocks, allocated once.
+
+Layout: `data` [num_layers, 2, num_kv_heads, num_blocks, block_size, head_dim], keys before values. A layer's blocks of one
+head are rows of block_size · head_dim contiguous numbers, so a batch's keys *and* values are fetched by one row gather,
+and what comes out is already [heads · requests, tokens, head_dim], the shape of a batched product. Measured against
+`[num_blocks, block_size, num_kv_heads, head_dim]`, which gathers equally fast but leaves keys strided: the attention of
+16 requests × 256 tokens takes 0.24 instead of 0.38 ms a layer (2 cores, bf16, 9/3 heads of 64).
+"""
+
+import torch
+
+from folovllm.common.model_config import ModelConfig
+from folovllm.worker_proc.device import Placement
+
+
+class KVTensors:
+    """Key and value storage.
+
+    Attributes:
+        data: the whole cache, see the module's head. Zeroed: a masked position's value still meets a weight of 0, and
+            0 · NaN from uninitialised memory would be NaN.
+        num_blocks, block_size: blocks (the null block 0 included), and tokens in each.
+        num_kv_heads, head_dim: as in the model.
+    """
+
+    def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, placement: Placement) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.num_kv_heads = config.num_key_value_heads
+        self.head_dim = config.head_dim
+        shape = (config.num_hidden_layers, 2, self.num_kv_heads, num_blocks, block_size, self.head_dim)
+        self.data = torch.zeros(shape, dtype=placement.dtype, device=placement.device)
+        rows = 2 * self.num_kv_heads * num_blocks
+        # Views made once: each costs a microsecond, three of them in every layer of every step.
+        self._block_rows = [layer.view(rows, block_size * self.head_dim) for layer in self.data]
+        self._token_rows = [layer.view(rows * block_size, self.head_dim) for layer in self.data]
+
+    def layer(self, index: int) -> torch.Tensor:
+        """[2, num_kv_heads, num_blocks, block_size, head_dim] of one layer."""
+        return self.data[index]
+
+    def block_rows(self, layer: int) -> torch.Tensor:
+        """[2 · num_kv_heads · num_blocks, block_size · head_dim]; row (kind · heads + head) · num_blocks + block."""
+        return self._block_rows[layer]
+
+    def token_rows(self, layer: int) -> torch.Tensor:
+        """[2 · num_kv_heads · num_blocks · block_size, head_dim]; row ((kind · heads + head) · blocks + block) · size + i."""
+        return self._token_rows[layer]
+
+    def block_row_ids(self, blocks: torch.Tensor) -> torch.Tensor:
+        """Rows of `block_rows` for `blocks` [n], int64 [2 · num_kv_heads · n], heads outermost (keys, then values)."""
+        return (self._head_offsets(self.num_blocks, blocks.device)[:, None] + blocks.flatten()).flatten()
+
+    def token_row_ids(self, slot_mapping: torch.Tensor) -> torch.Tensor:
+        """Rows of `token_rows` for token slots [T] (block · block_size + i), int64 [T · 2 · num_kv_heads], tokens outermost."""
+        offsets = self._head_offsets(self.num_blocks * self.block_size, slot_mapping.device)
+        return (slot_mapping[:, None] + offsets).flatten()
+
+    def copy_blocks(self, source: torch.Tensor, destination: torch.Tensor) -> None:
+        """Copies whole blocks in all layers: `source` and `destination` are int64 [n] block ids on the cache's device.
+
+        All sources are read before any destination is written, so a block may be in both lists; destinations differ.
+        """
+        self.data.index_copy_(3, destination, self.data.index_select(3, source))
+
+    def _head_offsets(self, stride: int, device: torch.device) -> torch.Tensor:
+        return torch.arange(0, 2 * self.num_kv_heads * stride, stride, device=device)
+
+
+def bytes_per_block(config: ModelConfig, dtype: torch.dtype, block_size: int) -> int:
+    """Bytes that one block takes in all layers, keys and values."""
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    return per_token * block_size

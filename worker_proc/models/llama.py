@@ -1,0 +1,149 @@
+"""Llama, Llama 3, SmolLM2: the network, top to bottom.
+
+Attributes are named as in the checkpoint; q, k, v and gate, up are fused into one product each.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from folovllm.common.model_config import ModelConfig
+from folovllm.worker_proc.attention.backend import AttentionStep
+from folovllm.worker_proc.device import Placement
+from folovllm.worker_proc.layers.activation import silu_and_mul
+from folovllm.worker_proc.layers.linear import Linear
+from folovllm.worker_proc.layers.norm import RMSNorm
+from folovllm.worker_proc.layers.rotary import RotaryTable, rotate_into
+
+
+class LlamaForCausalLM:
+    """Llama with its language model head."""
+
+    def __init__(self, config: ModelConfig, placement: Placement, max_model_len: int) -> None:
+        self.model = LlamaModel(config, placement, max_model_len)
+        self._tied = config.tie_word_embeddings
+        if self._tied:
+            self.lm_head = Linear.tied(self.model.embed_tokens)
+        else:
+            self.lm_head = Linear(config.hidden_size, {"lm_head": config.vocab_size}, placement)
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, attention: AttentionStep) -> torch.Tensor:
+        """Token ids [T] and their positions [T] (int64) → hidden states [T, hidden_size], the last norm applied."""
+        return self.model.forward(input_ids, positions, attention)
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [R, hidden_size] → logits [R, vocab_size], float32."""
+        return self.lm_head(hidden).float()
+
+    def checkpoint_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor a checkpoint must hold: its name, and the view that it is copied into."""
+        yield from self.model.checkpoint_tensors("model.")
+        yield from self.lm_head.checkpoint_tensors("")
+
+    def spare_tensors(self) -> frozenset[str]:
+        """Tensors a checkpoint may hold that do not count: with tied embeddings, a copy of them as head."""
+        return frozenset({"lm_head.weight"}) if self._tied else frozenset()
+
+    def finish_loading(self) -> None:
+        """To be called once all tensors are filled: brings weights into their fastest layout."""
+        for layer in self.model.layers:
+            layer.finish_loading()
+        self.lm_head.pack()
+
+
+class LlamaModel:
+    def __init__(self, config: ModelConfig, placement: Placement, max_model_len: int) -> None:
+        shape = (config.vocab_size, config.hidden_size)
+        self.embed_tokens = torch.empty(shape, dtype=placement.dtype, device=placement.device)
+        self.layers = [LlamaDecoderLayer(config, index, placement) for index in range(config.num_hidden_layers)]
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, placement)
+        self.rotary = RotaryTable(config.rope, config.head_dim, max_model_len, placement)
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, attention: AttentionStep) -> torch.Tensor:
+        hidden = F.embedding(input_ids, self.embed_tokens)
+        rotation = self.rotary.rows(positions)
+        for layer in self.layers:
+            hidden = layer.forward(hidden, rotation, attention)
+        return self.norm(hidden)
+
+    def checkpoint_tensors(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+        yield f"{prefix}embed_tokens.weight", self.embed_tokens
+        for index, layer in enumerate(self.layers):
+            yield from layer.checkpoint_tensors(f"{prefix}layers.{index}.")
+        yield f"{prefix}norm.weight", self.norm.weight
+
+
+class LlamaDecoderLayer:
+    def __init__(self, config: ModelConfig, index: int, placement: Placement) -> None:
+        self.self_attn = LlamaAttention(config, index, placement)
+        self.mlp = LlamaMLP(config, placement)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, placement)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, placement)
+
+    def forward(
+        self, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], attention: AttentionStep
+    ) -> torch.Tensor:
+        hidden.add_(self.self_attn.forward(self.input_layernorm(hidden), rotation, attention))
+        return hidden.add_(self.mlp.forward(self.post_attention_layernorm(hidden)))
+
+    def checkpoint_tensors(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+        yield f"{prefix}input_layernorm.weight", self.input_layernorm.weight
+        yield from self.self_attn.checkpoint_tensors(f"{prefix}self_attn.")
+        yield f"{prefix}post_attention_layernorm.weight", self.post_attention_layernorm.weight
+        yield from self.mlp.checkpoint_tensors(f"{prefix}mlp.")
+
+    def finish_loading(self) -> None:
+        self.self_attn.finish_loading()
+        self.mlp.finish_loading()
+
+
+class LlamaAttention:
+    def __init__(self, config: ModelConfig, index: int, placement: Placement) -> None:
+        self.index = index
+        self.num_heads, self.num_kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        projections = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
+        self.qkv_proj = Linear(config.hidden_size, projections, placement, bias=config.attention_bias)
+        self.o_proj = Linear(q_size, {"o_proj": config.hidden_size}, placement, bias=config.attention_bias)
+
+    def forward(
+        self, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], attention: AttentionStep
+    ) -> torch.Tensor:
+        heads = self.qkv_proj(hidden).unflatten(1, (-1, self.head_dim))  # [T, q heads + k heads + v heads, head_dim]
+        query_and_key = heads[:, : self.num_heads + self.num_kv_heads]
+        rotate_into(query_and_key, query_and_key, *rotation)
+        output = attention.attend(self.index, heads[:, : self.num_heads], heads[:, self.num_heads :])
+        return self.o_proj(output)
+
+    def checkpoint_tensors(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self.qkv_proj.checkpoint_tensors(prefix)
+        yield from self.o_proj.checkpoint_tensors(prefix)
+
+    def finish_loading(self) -> None:
+        self.qkv_proj.pack()
+        self.o_proj.pack()
+
+
+class LlamaMLP:
+    def __init__(self, config: ModelConfig, placement: Placement) -> None:
+        size = config.intermediate_size
+        self.gate_up_proj = Linear(
+            config.hidden_size, {"gate_proj": size, "up_proj": size}, placement, bias=config.mlp_bias
+        )
+        self.down_proj = Linear(size, {"down_proj": config.hidden_size}, placement, bias=config.mlp_bias)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(silu_and_mul(self.gate_up_proj(hidden)))
+
+    def checkpoint_tensors(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self.gate_up_proj.checkpoint_tensors(prefix)
+        yield from self.down_proj.checkpoint_tensors(prefix)
+
+    def finish_loading(self) -> None:
+        self.gate_up_proj.pack()
+        self.down_proj.pack()
