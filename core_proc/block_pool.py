@@ -1,0 +1,106 @@
+"""The pool of KV blocks: which are free, and how many hold each of the others.
+
+Idea: a block is free if and only if nobody refers to it. The free blocks form a doubly linked list, threaded through
+two arrays of block ids, in the order in which they became free; handing out takes the oldest. So everything costs O(1)
+for each block, also taking a free block out of the middle when somebody refers to its old contents again. Block 0, the
+null block, is never handed out (the worker points padding at it), which makes it the list's anchor.
+"""
+
+from collections.abc import Iterable, Sequence
+
+NULL_BLOCK = 0
+
+
+class BlockPool:
+    """Blocks 1 … num_blocks - 1; block 0 is the null block."""
+
+    def __init__(self, num_blocks: int) -> None:
+        if num_blocks < 2:
+            raise ValueError(f"num_blocks={num_blocks}: a pool needs the null block and at least one more")
+        self.num_usable = num_blocks - 1
+        self.num_free = self.num_usable
+        self.num_shares = 0  # references beyond each block's first
+        self._references = [0] * num_blocks
+        self._next = [*range(1, num_blocks), NULL_BLOCK]
+        self._previous = [num_blocks - 1, *range(num_blocks - 1)]
+
+    def allocate(self, num_blocks: int) -> list[int]:
+        """Takes the blocks that have been free the longest; each gets one reference. There must be enough."""
+        assert 0 <= num_blocks <= self.num_free, f"{num_blocks} blocks asked for, {self.num_free} free"
+        block_ids = []
+        block = self._next[NULL_BLOCK]
+        for _ in range(num_blocks):
+            block_ids.append(block)
+            self._references[block] = 1
+            block = self._next[block]
+        self._next[NULL_BLOCK] = block
+        self._previous[block] = NULL_BLOCK
+        self.num_free -= num_blocks
+        return block_ids
+
+    def share(self, block_ids: Iterable[int]) -> None:
+        """One more reference to each block. A free one leaves the free list with its contents untouched."""
+        for block in block_ids:
+            assert block != NULL_BLOCK, "the null block has no owner"
+            if self._references[block]:
+                self.num_shares += 1
+            else:
+                self._unlink(block)
+                self.num_free -= 1
+            self._references[block] += 1
+
+    def free(self, block_ids: Iterable[int]) -> None:
+        """One reference less to each block; those without any become free, the first of them to be reused first."""
+        for block in block_ids:
+            assert self._references[block] > 0, f"block {block} is free already"
+            self._references[block] -= 1
+            if self._references[block]:
+                self.num_shares -= 1
+            else:
+                self._link_last(block)
+                self.num_free += 1
+
+    def num_references(self, block: int) -> int:
+        return self._references[block]
+
+    def is_shared(self, block: int) -> bool:
+        return self._references[block] > 1
+
+    def free_block_ids(self) -> list[int]:
+        """The free blocks in the order in which they will be handed out. O(num_blocks); for checks."""
+        block_ids = []
+        block = self._next[NULL_BLOCK]
+        while block != NULL_BLOCK and len(block_ids) <= self.num_usable:
+            block_ids.append(block)
+            block = self._next[block]
+        return block_ids
+
+    def check_invariants(self, expected_references: Sequence[int] | None = None) -> None:
+        """Every block is free xor referenced, each is in the free list at most once, counts add up.
+
+        Args:
+            expected_references: how many references each block should have, where the caller knows.
+
+        Raises:
+            AssertionError: one of these does not hold.
+        """
+        free = self.free_block_ids()
+        assert len(free) == len(set(free)) == self.num_free, "the free list is broken"
+        assert self._references[NULL_BLOCK] == 0, "the null block is referenced"
+        unreferenced = {block for block in range(1, self.num_usable + 1) if self._references[block] == 0}
+        assert set(free) == unreferenced, "a block is both free and referenced, or neither"
+        assert self.num_shares == sum(count - 1 for count in self._references if count > 1), "num_shares is wrong"
+        if expected_references is not None:
+            assert self._references == list(expected_references), "references do not match the block tables"
+
+    def _unlink(self, block: int) -> None:
+        before, after = self._previous[block], self._next[block]
+        self._next[before] = after
+        self._previous[after] = before
+
+    def _link_last(self, block: int) -> None:
+        last = self._previous[NULL_BLOCK]
+        self._next[last] = block
+        self._previous[block] = last
+        self._next[block] = NULL_BLOCK
+        self._previous[NULL_BLOCK] = block

@@ -1,0 +1,467 @@
+"""Which request computes how many tokens in the next step, and what a step's result means for each of them.
+
+State changes through four doors only: `add_request`, `schedule`, `update_from_output`, `finish_requests`. Nothing here
+waits, sends or reads a clock. `check_invariants` says what holds between two doors.
+
+Steps may be scheduled before the results of earlier ones are known (how many is the caller's choice): `known` runs
+ahead of `confirmed` by a placeholder for each token on its way. A step remembers its slots with their epochs, so that a
+result never reaches a request that took the slot later, nor one that was preempted and came back.
+"""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Iterable
+
+import numpy as np
+
+from folovllm.common.errors import ProtocolError, RequestError
+from folovllm.common.messages.core_worker import ModelRunnerOutput, NewRequest, SchedulerOutput
+from folovllm.core_proc.kv_cache_manager import BlockCopy, KVCacheManager
+from folovllm.core_proc.request import Request, RequestStatus, Tokens
+from folovllm.core_proc.request_queue import RequestQueue
+from folovllm.core_proc.slot_table import Mask, Slots, SlotTable
+from folovllm.core_proc.step_builder import StepBuilder, StepInFlight
+
+NO_TOKEN_LEFT = "the request's constraints left no token to choose"
+
+
+@dataclasses.dataclass(slots=True, frozen=True, eq=False)
+class StepOutcome:
+    """What a step's result brought.
+
+    Attributes:
+        clients, numbers, token_ids: int32, parallel: each new confirmed token of a streaming request, and whose it is.
+        finished: requests that ended in this step; a streaming one's last token is in `token_ids` too.
+    """
+
+    clients: Tokens
+    numbers: Tokens
+    token_ids: Tokens
+    finished: list[Request]
+
+
+@dataclasses.dataclass(slots=True)
+class SchedulerCounters:
+    """Totals since start, as in EngineStats.
+
+    Attributes:
+        num_cached_tokens: prompt tokens taken from shared blocks.
+        num_preemptions: preemptions.
+        num_lost_tokens: tokens computed and thrown away by preemption.
+        num_prompt_tokens: prompt tokens of all answers when they were first admitted.
+        num_output_tokens: tokens confirmed.
+        num_steps: steps scheduled.
+    """
+
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    num_lost_tokens: int = 0
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    num_steps: int = 0
+
+
+class Scheduler:
+    """One engine's requests.
+
+    Args:
+        kv_cache_manager: the blocks; block tables are kept by slot.
+        queue: who waits, and the policy.
+        max_num_seqs: requests running at once (slots).
+        max_num_batched_tokens: tokens of one step; at least `max_num_seqs`, so that every running request gets one.
+        max_model_len: longest prompt + output in tokens.
+        watermark: share of the pool that admission leaves free.
+    """
+
+    def __init__(
+        self,
+        *,
+        kv_cache_manager: KVCacheManager,
+        queue: RequestQueue,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        watermark: float = 0.01,
+    ) -> None:
+        if max_num_batched_tokens < max_num_seqs:
+            raise ValueError(f"max_num_batched_tokens={max_num_batched_tokens} is below max_num_seqs={max_num_seqs}")
+        self.counters = SchedulerCounters()
+        self._kv = kv_cache_manager
+        self._queue = queue
+        self._table = SlotTable(max_num_seqs, kv_cache_manager.block_size)
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_model_len = max_model_len
+        self._num_watermark_blocks = math.ceil(watermark * kv_cache_manager.pool.num_usable)
+        self._in_flight: collections.deque[StepInFlight] = collections.deque()
+        self._num_parked = 0  # children that wait for their parent's prompt
+        self._num_added = 0
+
+    @property
+    def num_running(self) -> int:
+        return self._table.num_used
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for a slot, preempted ones and children of an unfinished prompt included."""
+        return len(self._queue) + self._num_parked
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Their prompt tokens; a child counts as one (see `Request.num_queue_tokens`)."""
+        return self._queue.num_tokens + self._num_parked
+
+    @property
+    def has_unfinished(self) -> bool:
+        return self.num_running > 0 or self.num_waiting > 0
+
+    @property
+    def num_tokens_in_use(self) -> int:
+        """Tokens whose K and V are held in blocks; shared ones count once."""
+        table = self._table
+        return self._kv.num_held_tokens(int(table.num_computed[: table.end][table.used[: table.end]].sum()))
+
+    def add_request(self, request: Request) -> None:
+        """Takes a new request. Of the `n` answers to a prompt the first comes first; the others name it as `parent`.
+
+        Raises:
+            RequestError: it can never run: the prompt leaves no room for a token in the model's length or the pool.
+        """
+        if self._limit(request) <= request.num_prompt_tokens:
+            raise RequestError(
+                f"the prompt has {request.num_prompt_tokens} tokens; the model's length of {self._max_model_len} must "
+                f"leave room for one more, and the KV cache holds {self._kv.capacity_tokens}",
+                "prompt_token_ids",
+            )
+        request.arrival_order = self._num_added
+        self._num_added += 1
+        parent = request.parent
+        if parent is None or parent.is_finished or parent.can_be_forked or parent.num_preemptions:
+            self._queue.push(request)
+        else:
+            parent.waiting_children.append(request)
+            self._num_parked += 1
+
+    def schedule(self, now_s: float) -> SchedulerOutput | None:
+        """The next step, or None if nothing can run before a result comes (or at all).
+
+        There is no prefill and no decode phase. Each running request has tokens that are known and tokens that are
+        computed, and every step lets the second catch up with the first, within the step's token budget:
+
+        1. Running requests with one token to compute get it; where a new block is needed and none is free, the last in
+           rank of the running requests is preempted: its slot and blocks are freed, and it goes back to the queue, to
+           be computed anew from its confirmed tokens.
+        2. Running requests with more to compute (prompts, or what was lost) share what is left, in order of rank.
+        3. Unless somebody was preempted, waiting requests are admitted in the queue's order while there are slots,
+           budget, and blocks for all their known tokens with a reserve (the watermark) for those who run already.
+
+        A request that reaches its limit with the tokens on their way is left alone until they arrive.
+        """
+        step = StepBuilder(self._max_num_batched_tokens)
+        self._make_room(step)
+        decodes, chunked = self._table.ready()
+        step.add_decodes(decodes)
+        self._continue_chunks(step, chunked)
+        if not step.num_preempted:
+            self._admit_waiting(step, now_s)
+        if step.is_empty:
+            return None
+        output, in_flight = step.build(self.counters.num_steps, self._table)
+        self.counters.num_steps += 1
+        self._in_flight.append(in_flight)
+        return output
+
+    def update_from_output(self, output: ModelRunnerOutput, now_s: float) -> StepOutcome:
+        """Takes in the result of the oldest step in flight. Results for requests that are gone are dropped.
+
+        Raises:
+            ProtocolError: it is not that step's result, or does not have one token for each slot that sampled.
+        """
+        step, token_ids = self._match(output)
+        if output.error:
+            lives = self._table.epoch[step.slots] == step.epochs
+            failed = self._requests(step.slots[lives])
+            return _outcome(self.finish_requests(failed, RequestStatus.FINISHED_ERROR, now_s, output.error))
+        slots, epochs = step.slots, step.epochs
+        if not step.samples.all():
+            slots, epochs = slots[step.samples], epochs[step.samples]
+        lives = self._table.epoch[slots] == epochs
+        failed = []
+        if output.no_token_rows:
+            rows = _integers(output.no_token_rows)
+            failed = self._requests(slots[rows][lives[rows]])
+            lives[rows] = False
+        if not lives.all():
+            slots, token_ids = slots[lives], token_ids[lives]
+        outcome = self._confirm(slots, token_ids, now_s)
+        outcome.finished.extend(self.finish_requests(failed, RequestStatus.FINISHED_ERROR, now_s, NO_TOKEN_LEFT))
+        return outcome
+
+    def finish_requests(
+        self, requests: Iterable[Request], status: RequestStatus, now_s: float, error: str = ""
+    ) -> list[Request]:
+        """Ends requests from outside, wherever they are; blocks are free at once, tokens on their way are dropped.
+
+        Returns:
+            Those it ended; requests that had ended before are passed over.
+        """
+        ended = [request for request in requests if not request.is_finished]
+        for request in ended:
+            request.error = error
+            self._end(request, status, now_s, error or "from outside")
+        return ended
+
+    # ---- schedule ----------------------------------------------------------------------------------------------------
+
+    def _make_room(self, step: StepBuilder) -> None:
+        """A block for each running request that needs one, by preemption if it must be."""
+        slots = self._table.without_room()
+        if not slots.size:
+            return
+        block_ids = self._kv.append_blocks(slots.tolist())
+        if block_ids is not None:
+            self._table.grow(slots)
+            step.add_blocks(slots.tolist(), block_ids)
+            return
+        for request in sorted(self._requests(slots), key=self._queue.rank):
+            if request.slot is not None:
+                self._make_room_by_preemption(request, step)
+
+    def _make_room_by_preemption(self, request: Request, step: StepBuilder) -> None:
+        """A block for one request, whoever must go for it, itself included.
+
+        While somebody's end is on its way, so are blocks: the request sits this step out, and nobody is preempted.
+        Alone it always finds a block, as no request's limit is beyond the pool.
+        """
+        slot = request.slot
+        assert slot is not None, request.describe()
+        while (block_ids := self._kv.append_blocks([slot])) is None:
+            if self._table.is_any_finishing():
+                return
+            victim = max(self._table.running(), key=self._queue.rank)
+            self._preempt(victim, step)
+            if victim is request:
+                return
+        self._table.grow(np.array([slot]))
+        step.add_blocks([slot], block_ids)
+
+    def _preempt(self, request: Request, step: StepBuilder) -> None:
+        assert request.slot is not None, request.describe()
+        num_lost = int(self._table.num_computed[request.slot])
+        request.become(RequestStatus.PREEMPTED, f"step {self.counters.num_steps}, {num_lost} tokens lost")
+        request.num_preemptions += 1
+        step.num_preempted += 1
+        self.counters.num_preemptions += 1
+        self.counters.num_lost_tokens += num_lost
+        self._leave_slot(request)
+        self._queue.push(request)
+
+    def _continue_chunks(self, step: StepBuilder, chunked: Slots) -> None:
+        table = self._table
+        for request in sorted(self._requests(chunked), key=self._queue.rank):
+            slot = request.slot
+            if step.budget and slot is not None:
+                step.add_chunk(slot, int(table.num_known[slot] - table.num_computed[slot]))
+
+    def _admit_waiting(self, step: StepBuilder, now_s: float) -> None:
+        while step.budget and self._table.num_free and (request := self._queue.peek()) is not None:
+            num_cached = self._num_shareable_tokens(request)
+            if not self._fits(request, num_cached):
+                return
+            self._queue.pop()
+            self._admit(request, num_cached, step)
+            if request.scheduled_at_s is None:
+                request.scheduled_at_s = now_s
+                request.num_cached_tokens = num_cached
+                self.counters.num_prompt_tokens += request.num_prompt_tokens
+                self.counters.num_cached_tokens += num_cached
+
+    def _num_shareable_tokens(self, request: Request) -> int:
+        """How many tokens' K and V it can take over: its parent's prompt but for the last token, which is computed."""
+        can_fork = request.parent is not None and request.parent.can_be_forked
+        return request.num_prompt_tokens - 1 if can_fork else 0
+
+    def _fits(self, request: Request, num_cached: int) -> bool:
+        """Whether all its known tokens fit, and what runs then keeps a reserve of one block each and the watermark.
+
+        The first to run needs no reserve: the pool is its own, and its limit is not beyond the pool.
+        """
+        num_blocks = self._kv.num_blocks_for(request.num_confirmed_tokens) - num_cached // self._kv.block_size
+        num_reserved = max(self._num_watermark_blocks, self.num_running + 1) if self.num_running else 0
+        return num_blocks + num_reserved <= self._kv.pool.num_free
+
+    def _admit(self, request: Request, num_cached: int, step: StepBuilder) -> None:
+        request.become(RequestStatus.RUNNING, f"step {self.counters.num_steps}, {num_cached} tokens taken over")
+        num_known = request.num_confirmed_tokens
+        slot = self._table.take(request, self._limit(request))
+        copies = self._allocate(slot, request, num_cached, num_known)
+        self._table.num_computed[slot] = num_cached
+        self._table.grow(np.array([slot]), self._kv.num_blocks_for(num_known))
+        new = NewRequest(
+            slot=slot,
+            token_ids=request.prompt_token_ids.tobytes() + request.output_token_ids.tobytes(),
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_computed_tokens=num_cached,
+            block_ids=np.array(self._kv.block_ids(slot), "<i4").tobytes(),
+            sampling=request.sampling,
+        )
+        step.add_new_request(new, copies)
+        step.add_chunk(slot, num_known - num_cached)
+
+    def _allocate(self, slot: int, request: Request, num_cached: int, num_known: int) -> list[BlockCopy]:
+        """Blocks for all known tokens; those of the first `num_cached` are shared with the parent's."""
+        if num_cached:
+            assert request.parent is not None and request.parent.slot is not None, request.describe()
+            self._kv.fork(request.parent.slot, slot, num_cached)
+        new_blocks = self._kv.allocate(slot, num_known)
+        copies = self._kv.make_writable(slot, num_cached, num_known)
+        assert new_blocks is not None and copies is not None, request.describe()
+        return copies
+
+    def _limit(self, request: Request) -> int:
+        """Length at which it ends: max_tokens, the model's length, or what it can fill the pool with, alone.
+
+        The last token's K and V are never needed, so the pool bounds the length to one more than it holds.
+        """
+        wanted = request.num_prompt_tokens + request.max_tokens
+        return min(wanted, self._max_model_len, self._kv.capacity_tokens + 1)
+
+    # ---- results -----------------------------------------------------------------------------------------------------
+
+    def _match(self, output: ModelRunnerOutput) -> tuple[StepInFlight, Tokens]:
+        if not self._in_flight or self._in_flight[0].step_id != output.step_id:
+            expected = self._in_flight[0].step_id if self._in_flight else None
+            raise ProtocolError(f"result of step {output.step_id}, expected that of step {expected}")
+        step = self._in_flight[0]
+        token_ids = _integers(output.token_ids)
+        num_sampled = int(np.count_nonzero(step.samples))
+        if not output.error and token_ids.size != num_sampled:
+            raise ProtocolError(f"step {step.step_id} has {token_ids.size} tokens for {num_sampled} slots")
+        rows = _integers(output.no_token_rows)
+        if rows.size and not (0 <= rows.min() and rows.max() < token_ids.size):
+            raise ProtocolError(f"step {step.step_id} has no_token_rows beyond its {token_ids.size} tokens")
+        self._in_flight.popleft()
+        return step, token_ids
+
+    def _confirm(self, slots: Slots, token_ids: Tokens, now_s: float) -> StepOutcome:
+        table = self._table
+        num_output = table.confirm(slots, token_ids)
+        self.counters.num_output_tokens += slots.size
+        outcome = self._streamed(slots, token_ids)
+        self._first_tokens(slots[num_output == 1], now_s)
+        stops = table.stops(slots, token_ids, num_output)
+        ends = stops | (table.num_confirmed[slots] >= table.limit[slots])
+        for row in np.flatnonzero(ends).tolist():
+            request = table.request(int(slots[row]))
+            if stops[row]:
+                request.stop_token_id = int(token_ids[row])
+                self._end(request, RequestStatus.FINISHED_STOPPED, now_s, "stop token")
+            else:
+                self._end(request, RequestStatus.FINISHED_LENGTH_CAPPED, now_s, "limit reached")
+            outcome.finished.append(request)
+        return outcome
+
+    def _streamed(self, slots: Slots, token_ids: Tokens) -> StepOutcome:
+        stream: Mask = self._table.stream[slots]
+        if not stream.all():
+            slots, token_ids = slots[stream], token_ids[stream]
+        return StepOutcome(self._table.client[slots], self._table.number[slots], token_ids, [])
+
+    def _first_tokens(self, slots: Slots, now_s: float) -> None:
+        """The prompt of these slots is in the cache now: their children may go on."""
+        for request in self._requests(slots):
+            request.first_token_at_s = now_s
+            request.can_be_forked = True
+            self._release_children(request)
+
+    def _end(self, request: Request, status: RequestStatus, now_s: float, why: str) -> None:
+        was_running = request.status is RequestStatus.RUNNING
+        request.become(status, f"before step {self.counters.num_steps}, {why}")
+        request.finished_at_s = now_s
+        if was_running:
+            self._leave_slot(request)
+        elif request in self._queue:
+            self._queue.remove(request)
+            self._release_children(request)
+        else:
+            assert request.parent is not None, request.describe()
+            request.parent.waiting_children.remove(request)
+            self._num_parked -= 1
+
+    def _leave_slot(self, request: Request) -> None:
+        slot = request.slot
+        assert slot is not None, request.describe()
+        self._table.release(request)
+        self._kv.free(slot)
+        request.can_be_forked = False
+        self._release_children(request)
+
+    def _release_children(self, request: Request) -> None:
+        """Children wait for their parent no longer, whether they can share its prompt or must compute it themselves."""
+        for child in request.waiting_children:
+            self._queue.push(child)
+        self._num_parked -= len(request.waiting_children)
+        request.waiting_children.clear()
+
+    def _requests(self, slots: Slots) -> list[Request]:
+        return [self._table.request(slot) for slot in slots.tolist()]
+
+    # ---- what holds between two doors --------------------------------------------------------------------------------
+
+    def check_invariants(self) -> None:
+        """Raises AssertionError, with the history of the request at fault, unless all of the following hold.
+
+        Blocks: free xor referenced, counts match the tables, all free if nothing runs; whoever writes next writes into
+        a block of its own. Requests: those that run have a slot, and those that wait have none; counters keep the order
+        of the glossary; placeholders are tokens in flight. Progress: with nothing in flight nobody waits for a result.
+        """
+        self._kv.check_invariants()
+        table = self._table
+        running = table.running()
+        _check(len(running) == table.num_used == np.count_nonzero(table.used), None, "slots in use do not add up")
+        _check(bool(running) or self._kv.pool.num_free == self._kv.pool.num_usable, None, "blocks held by nobody")
+        _check(0 <= self.num_tokens_in_use <= self._kv.num_reserved_tokens, None, "more tokens than room")
+        for request in running:
+            self._check_running(request)
+        for request in self._queue.in_order():
+            _check(request.slot is None and not request.can_be_forked, request, "waits and has a slot")
+            _check(
+                request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED), request, "waits in no such state"
+            )
+        if not self._in_flight:
+            _check(not table.is_any_finishing(), None, "a request waits for a result that is not on its way")
+
+    def _check_running(self, request: Request) -> None:
+        table, slot = self._table, request.slot
+        _check(slot is not None and table.requests[slot] is request, request, "slot and request differ")
+        assert slot is not None, "checked above"
+        _check(request.status is RequestStatus.RUNNING, request, "has a slot and does not run")
+        prompt, confirmed, known = table.num_prompt[slot], table.num_confirmed[slot], table.num_known[slot]
+        computed, limit = table.num_computed[slot], table.limit[slot]
+        _check(
+            request.num_cached_tokens < prompt <= confirmed <= known <= limit, request, "prompt … limit out of order"
+        )
+        _check(computed < known and computed <= table.capacity[slot], request, "computed beyond known or its blocks")
+        blocks = self._kv.block_ids(slot)
+        _check(len(blocks) * self._kv.block_size == table.capacity[slot], request, "capacity is not that of its blocks")
+        own = blocks[int(computed) // self._kv.block_size :]
+        _check(not any(self._kv.pool.is_shared(block) for block in own), request, "would write into a shared block")
+        sampled = [(step.slots == slot) & (step.epochs == table.epoch[slot]) & step.samples for step in self._in_flight]
+        num_on_way = sum(int(np.count_nonzero(mask)) for mask in sampled)
+        _check(known - confirmed == num_on_way, request, "placeholders are not the tokens in flight")
+
+
+def _outcome(finished: list[Request]) -> StepOutcome:
+    nothing = np.empty(0, np.int32)
+    return StepOutcome(nothing, nothing, nothing, finished)
+
+
+def _integers(field: bytes) -> Tokens:
+    if len(field) % 4:
+        raise ProtocolError(f"{len(field)} bytes are no array of int32")
+    return np.frombuffer(field, "<i4")
+
+
+def _check(holds: object, request: Request | None, what: str) -> None:
+    if not holds:
+        raise AssertionError(what if request is None else f"{what}\n{request.describe()}")
