@@ -27,7 +27,7 @@ class BlockPool:
     def allocate(self, num_blocks: int) -> list[int]:
         """Takes the blocks that have been free the longest; each gets one reference. There must be enough."""
         assert 0 <= num_blocks <= self.num_free, f"{num_blocks} blocks asked for, {self.num_free} free"
-        block_ids = []
+        block_ids: list[int] = []
         block = self._next[NULL_BLOCK]
         for _ in range(num_blocks):
             block_ids.append(block)
@@ -68,7 +68,7 @@ class BlockPool:
 
     def free_block_ids(self) -> list[int]:
         """The free blocks in the order in which they will be handed out. O(num_blocks); for checks."""
-        block_ids = []
+        block_ids: list[int] = []
         block = self._next[NULL_BLOCK]
         while block != NULL_BLOCK and len(block_ids) <= self.num_usable:
             block_ids.append(block)

@@ -12,9 +12,9 @@ from folovllm.core_proc.block_pool import BlockPool
 
 
 class BlockCopy(NamedTuple):
-    """Entry `index` of a block table changes from `source` to `destination`, after the contents are copied over."""
+    """Entry `entry` of a block table changes from `source` to `destination`, after the contents are copied over."""
 
-    index: int
+    entry: int
     source: int
     destination: int
 
@@ -100,7 +100,7 @@ class KVCacheManager:
             for index, new in zip(shared, self.pool.allocate(len(shared)), strict=True)
         ]
         for copy in copies:
-            table[copy.index] = copy.destination
+            table[copy.entry] = copy.destination
         self.pool.free(copy.source for copy in copies)
         return copies
 

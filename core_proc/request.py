@@ -5,7 +5,7 @@ Counters of a request. Unit: tokens. The owner is the only one who changes it. T
     counter      what it counts                                                           owner
     -----------  -----------------------------------------------------------------------  ------------------------------
     prompt       tokens given by the user; never changes                                  Request
-    output       tokens generated and confirmed: the answer so far                        SlotTable; Request when it waits
+    output       tokens generated and confirmed: the answer so far                        SlotTable while it runs
     confirmed    tokens whose values the core has: prompt + output                        SlotTable
     placeholder  tokens that steps in flight will sample; values not here yet             known - confirmed
     known        confirmed + placeholder; the worker has the values of all of them        SlotTable

@@ -1,8 +1,8 @@
 """The requests that wait for a slot, in the order in which they will get one.
 
 FCFS: as they arrived. Priority: lower numbers first, and as they arrived within one number. Requests that were
-preempted come before the others of their priority, whatever the policy. A heap with lazy removal: a request taken out of
-the middle leaves its entry behind, which is skipped when it comes up, and swept when such entries are the majority.
+preempted come before the others of their priority, whatever the policy. A heap with lazy removal: a request taken out
+of the middle leaves its entry behind, which is skipped when it comes up, and swept when such entries are the majority.
 """
 
 import heapq

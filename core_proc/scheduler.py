@@ -338,7 +338,7 @@ class Scheduler:
         if not output.error and token_ids.size != num_sampled:
             raise ProtocolError(f"step {step.step_id} has {token_ids.size} tokens for {num_sampled} slots")
         rows = _integers(output.no_token_rows)
-        if rows.size and not (0 <= rows.min() and rows.max() < token_ids.size):
+        if rows.size and not (rows.min() >= 0 and rows.max() < token_ids.size):
             raise ProtocolError(f"step {step.step_id} has no_token_rows beyond its {token_ids.size} tokens")
         self._in_flight.popleft()
         return step, token_ids
