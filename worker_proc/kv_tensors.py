@@ -44,7 +44,7 @@ class KVTensors:
         return self._block_rows[layer]
 
     def token_rows(self, layer: int) -> torch.Tensor:
-        """[2 · num_kv_heads · num_blocks · block_size, head_dim]; row ((kind · heads + head) · blocks + block) · size + i."""
+        """[2 · num_kv_heads · num_blocks · block_size, head_dim]; rows in the order of `layer`."""
         return self._token_rows[layer]
 
     def block_row_ids(self, blocks: torch.Tensor) -> torch.Tensor:
@@ -52,7 +52,7 @@ class KVTensors:
         return (self._head_offsets(self.num_blocks, blocks.device)[:, None] + blocks.flatten()).flatten()
 
     def token_row_ids(self, slot_mapping: torch.Tensor) -> torch.Tensor:
-        """Rows of `token_rows` for token slots [T] (block · block_size + i), int64 [T · 2 · num_kv_heads], tokens outermost."""
+        """Rows of `token_rows` for slots [T] (block · block_size + i), int64 [T · 2 · num_kv_heads], tokens outermost."""
         offsets = self._head_offsets(self.num_blocks * self.block_size, slot_mapping.device)
         return (slot_mapping[:, None] + offsets).flatten()
 

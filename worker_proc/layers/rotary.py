@@ -2,8 +2,8 @@
 
 The table is a function of position alone, so a token's rotation never depends on the batch it is computed in, on
 chunking, or on being computed again after preemption. That matters for dynamic NTK scaling only, where transformers
-derives the frequencies from the longest sequence seen so far. Here they are derived once, from the larger of the original
-context and the configured `max_model_len`:
+derives the frequencies from the longest sequence seen so far. Here they are derived once, from the larger of the
+original context and the configured `max_model_len`:
 
 * `max_model_len` ≤ original context (the default): nothing is scaled; equal to transformers for every sequence.
 * `max_model_len` > original context: one set of frequencies, those transformers uses for a prompt of `max_model_len`
