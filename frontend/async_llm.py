@@ -1,0 +1,229 @@
+"""`AsyncLLM`: the public API for asyncio; any number of requests at once over one connection.
+
+The event loop watches the connection's descriptors; what comes wakes the requests that it is for, and each takes what
+is new for it when its consumer asks: a slow consumer gets fewer, longer outputs and holds nobody up.
+"""
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncGenerator
+from types import TracebackType
+from typing import Unpack
+
+from folovllm.common.errors import EngineDeadError, FoloVLLMError, RequestError
+from folovllm.common.messages.frontend_core import EngineCoreOutputs, EngineStats
+from folovllm.common.sampling_params import SamplingParams
+from folovllm.frontend.chat_request import ChatOptions, Conversation, render
+from folovllm.frontend.engine_options import EngineOptions, check_names
+from folovllm.frontend.input_processor import Prompt, Request
+from folovllm.frontend.opening import open_engine
+from folovllm.frontend.output_processor import RequestState
+from folovllm.frontend.outputs import RequestOutput
+from folovllm.frontend.startup_table import StartupReport
+from folovllm.frontend.tokenizer import Tokenizer
+
+_STATS_TIMEOUT_S = 10.0
+
+
+class AsyncLLM:
+    """A model that answers prompts from asyncio code; like `LLM`, it starts an engine of its own or uses a running one.
+
+    The constructor blocks until the engine is ready; in a loop that already serves others, call it through
+    `asyncio.to_thread`. The requests of one AsyncLLM all belong to one event loop: the first one's.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | None = None,
+        *,
+        tokenizer: str | os.PathLike[str] | None = None,
+        engine: str | None = None,
+        **options: Unpack[EngineOptions],
+    ) -> None:
+        """Starts or dials the engine; arguments and errors are those of `LLM`."""
+        check_names(options, "AsyncLLM")
+        self._open = open_engine(model, tokenizer, engine, options)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._failure: FoloVLLMError | None = None
+        self._states: list[RequestState] = []  # in the order of arrival
+        self._next_id = 0
+        self._next_ticket = 0
+        self._stats: dict[int, asyncio.Future[EngineStats]] = {}
+
+    async def __aenter__(self) -> "AsyncLLM":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the engine if it is its own, else hangs up; requests in work raise EngineDeadError. May be repeated."""
+        if self._loop is not None:
+            self._unwatch(self._loop)
+        self._fail(EngineDeadError("this AsyncLLM was closed"))
+        self._open.close()
+
+    @property
+    def startup(self) -> StartupReport:
+        """Seconds per phase and bytes per purpose of the start."""
+        return self._open.startup
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer. Raises RequestError where the model has none."""
+        if self._open.tokenizer is None:
+            raise RequestError("this model has no tokenizer")
+        return self._open.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What a request without `sampling_params` uses: the model's generation_config.json, else neutral values."""
+        return self._open.defaults.sampling_params()
+
+    async def get_stats(self) -> EngineStats:
+        """The engine's state now. Raises EngineDeadError if it has ended or does not answer within 10 seconds."""
+        loop = self._attach()
+        ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
+        future: asyncio.Future[EngineStats] = loop.create_future()
+        self._stats[ticket] = future
+        try:
+            self._open.client.ask_stats(ticket)
+            loop.call_soon(self._receive)
+            return await asyncio.wait_for(future, _STATS_TIMEOUT_S)
+        except TimeoutError as error:
+            raise EngineDeadError(f"the engine did not answer within {_STATS_TIMEOUT_S:g} s") from error
+        finally:
+            del self._stats[ticket]
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Answers one prompt bit by bit. A consumer that is cancelled, or closes the generator, aborts the request.
+
+        Args:
+            prompt: a text, a list of token ids, `{"prompt": …}` or `{"prompt_token_ids": …}`.
+            sampling_params: None takes the model's defaults.
+            request_id: name of the request for logs, output and `abort`; need not be unique. None takes a number.
+            priority: lower runs first where the scheduling policy is "priority".
+
+        Yields:
+            Outputs whose `outputs` hold what is new; texts and token ids join to the whole. The last has `finished`.
+
+        Raises:
+            RequestError, QueueFullError, RequestFailedError, EngineDeadError: as `LLM.generate`, but of this request.
+        """
+        loop = self._attach()
+        name = str(self._next_id) if request_id is None else request_id
+        self._next_id += 1
+        request = self._open.inputs.process(prompt, sampling_params, request_id=name, priority=priority)
+        news = asyncio.Event()
+        state = self._send(loop, request, news)
+        try:
+            while True:
+                news.clear()
+                output = state.take_delta()
+                if output is not None:
+                    yield output
+                if state.finished and (output is None or output.finished):
+                    return
+                if output is None:
+                    await news.wait()
+        finally:
+            self._states.remove(state)
+            self._abort(loop, self._open.outputs.forget(state))
+
+    async def chat(
+        self,
+        messages: Conversation,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        **template: Unpack[ChatOptions],
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Answers one conversation bit by bit; `template` as for `LLM.chat`, the rest as for `generate`."""
+        prompt = render(self._open.chat, messages, template)
+        outputs = self.generate(prompt, sampling_params, request_id=request_id, priority=priority)
+        try:
+            async for output in outputs:
+                yield output
+        finally:
+            await outputs.aclose()
+
+    async def abort(self, request_id: str) -> bool:
+        """Ends the oldest request in work of that name; its generator yields a last output, finish_reason "abort".
+
+        Returns:
+            Whether there was one. A name that several requests have ends one of them for each call.
+        """
+        loop = self._attach()
+        for state in self._states:
+            if state.request.request_id == request_id and not state.finished:
+                self._abort(loop, self._open.outputs.end_locally(state, "abort", time.monotonic()))
+                return True
+        return False
+
+    def _attach(self) -> asyncio.AbstractEventLoop:
+        """The running loop, which from the first call on watches the connection."""
+        if self._failure is not None:
+            raise self._failure
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = loop
+            for descriptor in self._open.client.descriptors:
+                loop.add_reader(descriptor, self._receive)
+        if self._loop is not loop:
+            raise RuntimeError("this AsyncLLM is in use by another event loop")
+        return loop
+
+    def _unwatch(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = None
+        if not loop.is_closed():
+            for descriptor in self._open.client.descriptors:
+                loop.remove_reader(descriptor)
+
+    def _send(self, loop: asyncio.AbstractEventLoop, request: Request, news: asyncio.Event) -> RequestState:
+        outputs, client = self._open.outputs, self._open.client
+        number = client.allocate(request.params.n, outputs.live)
+        state = outputs.add(request, number, stream=True, now=time.monotonic(), on_news=news.set)
+        self._states.append(state)
+        if not state.finished:
+            client.add([request.for_core(number, stream=True)])
+            loop.call_soon(self._receive)
+        return state
+
+    def _abort(self, loop: asyncio.AbstractEventLoop, numbers: list[int]) -> None:
+        if numbers and self._failure is None:
+            self._open.client.abort(numbers)
+            if not loop.is_closed():
+                loop.call_soon(self._receive)
+
+    def _receive(self) -> None:
+        """Takes in all that is there. Called for news on a descriptor, and after each send, which can swallow such."""
+        if self._failure is not None:
+            return
+        try:
+            for message in self._open.client.receive_ready():
+                if isinstance(message, EngineCoreOutputs):
+                    _, to_abort = self._open.outputs.process(message, time.monotonic())
+                    self._open.client.abort(to_abort)
+                elif message.ticket in self._stats and not self._stats[message.ticket].done():
+                    self._stats[message.ticket].set_result(message)
+        except FoloVLLMError as error:
+            if self._loop is not None:
+                self._unwatch(self._loop)
+            self._fail(error)
+
+    def _fail(self, error: FoloVLLMError) -> None:
+        """From now on every call raises `error`, and so do those in work."""
+        self._failure = self._failure or error
+        self._open.outputs.fail_all(self._failure)
+        for future in self._stats.values():
+            if not future.done():
+                future.set_exception(self._failure)

@@ -1,0 +1,57 @@
+"""The keyword arguments that `LLM`, `AsyncLLM` and the command line share, and how they become an EngineConfig."""
+
+import pathlib
+from typing import Any, TypedDict, cast
+
+from folovllm.common.config import (
+    AttentionBackendName,
+    Device,
+    DType,
+    EngineConfig,
+    LoadFormat,
+    SchedulingPolicy,
+    default_log_level,
+)
+
+
+class EngineOptions(TypedDict, total=False):
+    """Options of an engine that one starts oneself; meaning and defaults stand at `EngineConfig`.
+
+    `log_level` is also the level of the frontend's own log lines, which go to stderr once it is given; without it the
+    engine's processes log at $FOLOVLLM_LOG_LEVEL, else "warning", and the logging of the calling program is left alone.
+    """
+
+    dtype: DType
+    device: Device
+    load_format: LoadFormat
+    seed: int
+    max_model_len: int | None
+    block_size: int
+    num_gpu_blocks_override: int | None
+    gpu_memory_utilization: float
+    kv_cache_memory_gb: float | None
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    scheduling_policy: SchedulingPolicy
+    pipeline_depth: int
+    max_num_queued_reqs: int
+    max_num_queued_tokens: int | None
+    attention_backend: AttentionBackendName
+    cpu_threads: int | None
+    log_level: str | None
+
+
+def check_names(options: EngineOptions, who: str) -> None:
+    """Raises TypeError, as Python does, for a keyword that is no option."""
+    known = EngineOptions.__annotations__
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise TypeError(f"{who}() got an unexpected keyword argument {unknown[0]!r}; options are {', '.join(known)}")
+
+
+def make_config(model: pathlib.Path, options: EngineOptions) -> EngineConfig:
+    """The checked configuration. Raises ConfigError, naming the option."""
+    given = dict(cast("dict[str, Any]", options))
+    if given.get("log_level") is None:
+        given["log_level"] = default_log_level()
+    return EngineConfig(model=str(model), **given)

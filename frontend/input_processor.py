@@ -1,0 +1,345 @@
+"""What a caller gives (prompts, sampling parameters) → checked, resolved requests; nothing is sent here.
+
+Resolved once, here: the prompt's ids; defaults of the model; the stop set (end-of-sequence ids, stop_token_ids, and
+stop strings that are one special token's text); max_tokens against the model's length; the seed, drawn where none is
+given, so that a request that is computed again goes on exactly as it would have.
+"""
+
+import dataclasses
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+from folovllm.common.errors import RequestError
+from folovllm.common.messages.core_worker import SamplingRow
+from folovllm.common.messages.frontend_core import EngineCoreRequest
+from folovllm.common.sampling_params import SamplingParams
+from folovllm.frontend import int32
+from folovllm.frontend.detokenizer import stop_strings_by_token
+from folovllm.frontend.generation_defaults import ModelDefaults
+from folovllm.frontend.tokenizer import Tokenizer
+
+_GREEDY_BELOW = 1e-5
+_PRIORITY_LIMIT = 2**31
+
+
+class TextPrompt(TypedDict):
+    """A prompt as text."""
+
+    prompt: str
+
+
+class TokensPrompt(TypedDict):
+    """A prompt as token ids; nothing is put in front of them."""
+
+    prompt_token_ids: Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RenderedChat:
+    """A conversation as the chat template wrote it, special tokens included: the tokenizer adds none."""
+
+    text: str
+
+
+Prompt = str | Sequence[int] | TextPrompt | TokensPrompt | RenderedChat
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StopRules:
+    """Which tokens end an answer, and what is reported as the reason.
+
+    Attributes:
+        token_ids: the whole stop set.
+        eos_token_ids: those that end the answer without a reason (stop_reason None).
+        string_of_token: special token → the stop string that is its text.
+        strings: stop strings that the text must be searched for.
+    """
+
+    token_ids: tuple[int, ...]
+    eos_token_ids: frozenset[int]
+    string_of_token: Mapping[int, str]
+    strings: tuple[str, ...]
+
+    def reason(self, token_id: int) -> int | str | None:
+        """`stop_reason` of an answer that this token of the stop set ended."""
+        if token_id in self.eos_token_ids:
+            return None
+        return self.string_of_token.get(token_id, token_id)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Request:
+    """A checked request.
+
+    Attributes:
+        request_id: the caller's name for it; need not be unique.
+        prompt: its text; None where ids were given.
+        prompt_token_ids: its ids, at least one.
+        params: the sampling parameters as given.
+        sampling: the same, resolved for the worker.
+        stop: what ends an answer.
+        max_tokens: most output tokens of an answer, the model's length counted in; 0 asks for nothing to be generated.
+        priority: lower runs first, where the engine's policy is "priority".
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    sampling: SamplingRow
+    stop: StopRules
+    max_tokens: int
+    priority: int = 0
+
+    def for_core(self, number: int, *, stream: bool) -> EngineCoreRequest:
+        """The message that asks the core to answer it."""
+        return EngineCoreRequest(
+            number=number,
+            request_id=self.request_id,
+            prompt_token_ids=int32.pack(self.prompt_token_ids),
+            sampling=self.sampling,
+            max_tokens=self.max_tokens,
+            n=self.params.n,
+            priority=self.priority,
+            stream=stream,
+        )
+
+
+class InputProcessor:
+    """Checks and resolves requests for one engine. Holds no state but the source of seeds."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        defaults: ModelDefaults,
+        *,
+        max_model_len: int,
+        num_valid_token_ids: int,
+        seeds: random.Random,
+    ) -> None:
+        """Args:
+        tokenizer: None: the model has none; then prompts are token ids only, and stop strings are refused.
+        defaults: of the model.
+        max_model_len: longest prompt + output in tokens.
+        num_valid_token_ids: ids are below this.
+        seeds: where seeds are drawn for requests that bring none.
+        """
+        self._tokenizer = tokenizer
+        self._defaults = defaults
+        self._max_model_len = max_model_len
+        self._num_ids = num_valid_token_ids
+        self._seeds = seeds
+
+    def process(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        *,
+        request_id: str,
+        priority: int = 0,
+    ) -> Request:
+        """One request. Raises RequestError, naming the field at fault.
+
+        Args:
+            prompt: text or token ids, bare or in a dict.
+            params: None takes the model's defaults.
+            request_id: name of the request for logs and output.
+            priority: lower runs first.
+        """
+        params = self._checked_params(params)
+        text, ids = self._prompt_ids(prompt)
+        stop = self._stop_rules(params)
+        return Request(
+            request_id=request_id,
+            prompt=text,
+            prompt_token_ids=ids,
+            params=params,
+            sampling=self._sampling_row(params, stop),
+            stop=stop,
+            max_tokens=self._max_tokens(params, len(ids)),
+            priority=_checked_priority(priority),
+        )
+
+    def process_many(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        *,
+        priority: int | Sequence[int] | None = None,
+        first_id: int = 0,
+    ) -> list[Request]:
+        """All requests of one call; the first that is wrong refuses all, so nothing has been sent then.
+
+        A list of ints is one prompt, any other list is a list of prompts. Requests are named by numbers, `first_id` on.
+
+        Raises:
+            RequestError: names the prompt by its place in the list, and the field.
+        """
+        many, all_prompts = _as_list(prompts)
+        all_params = _one_each(params, len(all_prompts), "sampling_params", SamplingParams)
+        priorities = _one_each(priority, len(all_prompts), "priority", int)
+        requests = []
+        for i, prompt in enumerate(all_prompts):
+            try:
+                own_priority = 0 if priorities[i] is None else priorities[i]
+                requests.append(
+                    self.process(prompt, all_params[i], request_id=str(first_id + i), priority=own_priority)
+                )
+            except RequestError as error:
+                raise RequestError(f"prompts[{i}]: {error}" if many else str(error), error.field) from error
+        return requests
+
+    def _checked_params(self, params: SamplingParams | None) -> SamplingParams:
+        if params is None:
+            return self._defaults.sampling_params()
+        if not isinstance(params, SamplingParams):
+            raise RequestError(
+                f"sampling_params must be a SamplingParams, not {type(params).__name__}", "sampling_params"
+            )
+        return params
+
+    def _prompt_ids(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        rendered = isinstance(prompt, RenderedChat)
+        given = prompt.text if isinstance(prompt, RenderedChat) else _unwrapped(prompt)
+        if not isinstance(given, str):
+            return None, _checked_ids(given, self._num_ids)
+        if not given:
+            raise RequestError("prompt is empty: it needs at least one character", "prompt")
+        if self._tokenizer is None:
+            raise RequestError("this model has no tokenizer: give prompt_token_ids instead of text", "prompt")
+        ids = self._tokenizer.encode(given, add_special_tokens=not rendered)
+        if not ids:
+            raise RequestError(f"the tokenizer makes no token of prompt {given[:80]!r}", "prompt")
+        return given, ids
+
+    def _stop_rules(self, params: SamplingParams) -> StopRules:
+        strings = params.stop_list()
+        if strings and self._tokenizer is None:
+            raise RequestError("this model has no tokenizer: give stop_token_ids instead of stop strings", "stop")
+        by_token: dict[int, str] = {}
+        if strings and self._tokenizer is not None:
+            by_token = stop_strings_by_token(self._tokenizer, strings, params.skip_special_tokens)
+        user_ids = params.stop_token_ids or []
+        for i, token_id in enumerate(user_ids):
+            if token_id >= self._num_ids:
+                raise RequestError(
+                    f"stop_token_ids[{i}]={token_id} is no token of this model: ids are 0 to {self._num_ids - 1}",
+                    "stop_token_ids",
+                )
+        eos = () if params.ignore_eos else self._defaults.eos_token_ids
+        return StopRules(
+            token_ids=tuple(dict.fromkeys([*(i for i in eos if i < self._num_ids), *user_ids, *by_token])),
+            eos_token_ids=frozenset(eos),
+            string_of_token=by_token,
+            strings=tuple(text for text in strings if text not in by_token.values()),
+        )
+
+    def _sampling_row(self, params: SamplingParams, stop: StopRules) -> SamplingRow:
+        seed = self._seeds.getrandbits(64) - 2**63 if params.seed is None else params.seed
+        stop_ids = int32.pack(stop.token_ids)
+        defaults = self._defaults
+        temperature = defaults.temperature if params.temperature is None else params.temperature
+        if temperature < _GREEDY_BELOW:  # also keeps a tiny temperature from overflowing
+            return SamplingRow(seed=seed, min_tokens=params.min_tokens, stop_token_ids=stop_ids)
+        top_k = defaults.top_k if params.top_k is None else params.top_k
+        return SamplingRow(
+            temperature=float(temperature),
+            top_k=top_k if 0 < top_k < self._num_ids else 0,
+            top_p=float(defaults.top_p if params.top_p is None else params.top_p),
+            min_p=float(defaults.min_p if params.min_p is None else params.min_p),
+            seed=seed,
+            min_tokens=params.min_tokens,
+            stop_token_ids=stop_ids,
+        )
+
+    def _max_tokens(self, params: SamplingParams, num_prompt_tokens: int) -> int:
+        room = self._max_model_len - num_prompt_tokens
+        if room < 1:
+            raise RequestError(
+                f"the prompt has {num_prompt_tokens} tokens, which leaves no room for an answer: prompt and answer "
+                f"together may have {self._max_model_len} (max_model_len)",
+                "prompt",
+            )
+        if params.min_tokens > room:
+            raise RequestError(
+                f"min_tokens={params.min_tokens} does not fit: the prompt has {num_prompt_tokens} tokens, and prompt "
+                f"and answer together may have {self._max_model_len} (max_model_len)",
+                "min_tokens",
+            )
+        return room if params.max_tokens is None else min(params.max_tokens, room)
+
+
+def _as_list(prompts: Any) -> tuple[bool, Sequence[Any]]:
+    """Whether a list of prompts was given, and the prompts."""
+    if isinstance(prompts, str | Mapping | RenderedChat):
+        return False, [prompts]
+    if isinstance(prompts, bytes) or not isinstance(prompts, Sequence):
+        raise RequestError(
+            f"prompts must be a string, token ids, a dict or a list of these, not {type(prompts).__name__}", "prompts"
+        )
+    if not prompts:
+        raise RequestError("prompts is an empty list: it holds neither a prompt nor a token id", "prompts")
+    if isinstance(prompts[0], str | Mapping | RenderedChat | Sequence):
+        return True, prompts
+    return False, [prompts]
+
+
+def _one_each(given: Any, count: int, name: str, kind: type) -> Sequence[Any]:
+    """`given` as a list of `count`: repeated where it is one, as it is where it is a list of that length."""
+    if given is None or isinstance(given, kind):
+        return [given] * count
+    if isinstance(given, str | bytes) or not isinstance(given, Sequence):
+        raise RequestError(f"{name} must be one {kind.__name__} or a list of them, not {type(given).__name__}", name)
+    if len(given) != count:
+        raise RequestError(f"{name} has {len(given)} entries for {count} prompts; give one, or one for each", name)
+    return given
+
+
+def _unwrapped(prompt: Any) -> Any:
+    if not isinstance(prompt, Mapping):
+        return prompt
+    keys = set(prompt)
+    if keys not in ({"prompt"}, {"prompt_token_ids"}):
+        shown = ", ".join(sorted(str(key)[:40] for key in keys)) or "none"
+        raise RequestError(
+            f"a prompt dict has either prompt or prompt_token_ids, and nothing else; got {shown}", "prompt"
+        )
+    (value,) = prompt.values()
+    if keys == {"prompt"} and not isinstance(value, str):
+        raise RequestError(f"prompt must be a string, not {type(value).__name__}", "prompt")
+    if keys == {"prompt_token_ids"} and isinstance(value, str):
+        raise RequestError("prompt_token_ids must be a list of token ids, not str", "prompt_token_ids")
+    return value
+
+
+def _checked_ids(ids: Any, num_ids: int) -> list[int]:
+    if isinstance(ids, bytes) or not isinstance(ids, Sequence):
+        raise RequestError(
+            f"a prompt must be text or a list of token ids, not {type(ids).__name__}", "prompt_token_ids"
+        )
+    if not ids:
+        raise RequestError("prompt_token_ids is empty: a prompt has at least one token", "prompt_token_ids")
+    if set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < num_ids:  # the usual case, without a loop
+        return list(ids)
+    for i, value in enumerate(ids):
+        if type(value) is not int:
+            raise RequestError(
+                f"prompt_token_ids[{i}] must be a token id (int), not {type(value).__name__}", "prompt_token_ids"
+            )
+        if not 0 <= value < num_ids:
+            raise RequestError(
+                f"prompt_token_ids[{i}]={value} is no token of this model: ids are 0 to {num_ids - 1}",
+                "prompt_token_ids",
+            )
+    raise AssertionError("one of the ids failed the check above")
+
+
+def _checked_priority(priority: Any) -> int:
+    if (
+        isinstance(priority, bool)
+        or not isinstance(priority, int)
+        or not -_PRIORITY_LIMIT <= priority < _PRIORITY_LIMIT
+    ):
+        raise RequestError(f"priority must be a whole number of 32 bits, not {str(priority)[:40]!r}", "priority")
+    return priority

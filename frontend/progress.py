@@ -1,0 +1,40 @@
+"""The progress bar of `LLM.generate`: prompts done, and tokens per second both ways."""
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from tqdm import tqdm
+
+from folovllm.frontend.outputs import RequestOutput
+
+
+class Progress:
+    """A context manager; switched off, it does nothing and costs nothing."""
+
+    def __init__(self, total: int, shown: bool, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._start = clock()
+        self._tokens_in = 0
+        self._tokens_out = 0
+        self._bar = tqdm(total=total, desc="Prompts", unit="prompt", dynamic_ncols=True, disable=not shown)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+    def update(self, output: RequestOutput) -> None:
+        """Counts a finished request."""
+        self._tokens_in += len(output.prompt_token_ids)
+        self._tokens_out += sum(len(answer.token_ids) for answer in output.outputs)
+        if not self._bar.disable:
+            self._bar.set_postfix_str(self.rates(), refresh=False)
+        self._bar.update(1)
+
+    def rates(self) -> str:
+        seconds = max(self._clock() - self._start, 1e-6)
+        return f"input {self._tokens_in / seconds:.1f} tokens/s, output {self._tokens_out / seconds:.1f} tokens/s"
