@@ -79,6 +79,11 @@ class ChildProcess:
             return f"{who} was killed by {signal.Signals(-code).name}"
         return f"{who} ended with exit code {code}"
 
+    def wait(self, timeout_s: float) -> bool:
+        """Waits for the child's end; False if it still runs after `timeout_s` seconds."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
     def ask_to_stop(self) -> None:
         """Closes the death pipe: the child ends by itself. May be called again."""
         if self._death_write >= 0:
@@ -88,8 +93,7 @@ class ChildProcess:
     def stop(self, grace_s: float) -> int:
         """Stops the child: by request, after `grace_s` seconds by SIGKILL. Returns its exit code."""
         self.ask_to_stop()
-        self._thread.join(grace_s)
-        if self._thread.is_alive():
+        if not self.wait(grace_s):
             self._process.kill()
             self._thread.join()
         self.close()

@@ -28,6 +28,7 @@ T = TypeVar("T")
 
 MAX_IPC_PATH_BYTES: Final = 100  # sun_path holds 108 with its final zero; room is left for socket names of ours
 MAX_FRAME_BYTES: Final = 256 * 2**20
+_RUNTIME_DIR_PREFIX: Final = "folovllm-"
 HEARTBEAT_INTERVAL_MS: Final = 1000
 HEARTBEAT_TIMEOUT_MS: Final = 10_000
 
@@ -182,11 +183,20 @@ def _start_heartbeats(socket: "zmq.Socket[bytes]") -> None:
 
 def make_runtime_dir(pid: int) -> pathlib.Path:
     """A new folder (mode 0700) for one engine's sockets, short enough for ipc paths whatever TMPDIR is."""
-    prefix = f"folovllm-{pid}-"
+    prefix = f"{_RUNTIME_DIR_PREFIX}{pid}-"
     folder = tempfile.gettempdir()
     if len(folder.encode()) + len(prefix) + 8 + len("/frontends") > MAX_IPC_PATH_BYTES:
         folder = "/tmp"
     return pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
+
+
+def runtime_dir_of(endpoint: str) -> pathlib.Path | None:
+    """The runtime folder that an ipc endpoint's socket lies in, None if it lies elsewhere.
+
+    A child that knows no more than where to dial can so remove what a parent that was killed leaves behind.
+    """
+    folder = pathlib.Path(Endpoint.parse(endpoint).address.removeprefix("ipc://")).parent
+    return folder if folder.name.startswith(_RUNTIME_DIR_PREFIX) else None
 
 
 class Decoder(Generic[T]):

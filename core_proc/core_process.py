@@ -1,0 +1,211 @@
+"""The life of the core process: configured, engine built, loop, end; and what is told to whom when it fails."""
+
+import pathlib
+import shutil
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import zmq
+
+import folovllm
+from folovllm.common.child_process import ParentWatch
+from folovllm.common.config import EngineConfig
+from folovllm.common.errors import ConfigError
+from folovllm.common.log import get_logger, setup_logging
+from folovllm.common.messages.frontend_core import Welcome
+from folovllm.common.messages.lifecycle import (
+    ConfigureCore,
+    ConfigureWorker,
+    CoreReady,
+    Failed,
+    PhaseTime,
+    WorkerReady,
+)
+from folovllm.common.model_config import read_model_config
+from folovllm.common.transport import Authenticator, bind, new_socket, runtime_dir_of
+from folovllm.core_proc.admission import Admission
+from folovllm.core_proc.block_pool import BlockPool
+from folovllm.core_proc.engine_core import EngineCore
+from folovllm.core_proc.executor import Executor, WorkerFailedError
+from folovllm.core_proc.frontends import Frontends
+from folovllm.core_proc.kv_cache_manager import KVCacheManager
+from folovllm.core_proc.parent_link import ParentLink
+from folovllm.core_proc.request_queue import RequestQueue
+from folovllm.core_proc.scheduler import Scheduler
+from folovllm.core_proc.waiter import StopRequested, Waiter
+
+_WORKER_GRACE_S = 2.0  # from the request to end to SIGKILL
+_LINGER_MS = 500  # the last frames, such as a Failed, have so long to leave
+
+logger = get_logger(__name__)
+
+
+class CoreProcess:
+    """Builds one engine, runs it and takes it down again, whatever ends it."""
+
+    def __init__(
+        self,
+        parent: ParentLink,
+        waiter: Waiter,
+        *,
+        name: str,
+        worker_module: str,
+        watch: ParentWatch | None,
+        started_at: float,
+    ) -> None:
+        self._parent = parent
+        self._waiter = waiter
+        self._name = name
+        self._worker_module = worker_module
+        self._watch = watch
+        self._started_at = started_at
+        self._imported_at = time.time()
+        self._phases: list[PhaseTime] = []
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._runtime_dir: pathlib.Path | None = None
+        self._socket: zmq.Socket[bytes] | None = None
+        self._authenticator: Authenticator | None = None
+        self._executor: Executor | None = None
+        self._frontends: Frontends | None = None
+
+    def run(self) -> int:
+        """From the Hello to the last clean-up; returns the exit code."""
+        try:
+            self._remove_at_end(runtime_dir_of(self._parent.endpoint))
+            self._start(self._parent.ask_configuration(self._context)).run()
+        except StopRequested as stop:
+            logger.debug("%s", stop)
+            return stop.exit_code
+        except WorkerFailedError as error:
+            self._tell(error.report)
+        except Exception as error:
+            logger.exception("the core failed")
+            text = "".join(traceback.format_exception(error))
+            self._tell(Failed(self._name, type(error).__name__, str(error), text))
+        finally:
+            self._close()
+        return 1
+
+    def _start(self, configure: ConfigureCore) -> EngineCore:
+        config = configure.config
+        setup_logging(self._name, config.log_level)
+        self._remove_at_end(pathlib.Path(configure.runtime_dir))
+        origin = configure.started_at or self._started_at
+        self._phases.append(
+            PhaseTime(self._name, "import", self._started_at - origin, self._imported_at - self._started_at)
+        )
+        with self._phase("check the model, listen", origin):
+            max_model_len, num_valid_token_ids = _resolve_limits(config)
+            endpoint = self._listen(configure.listen or f"ipc://{configure.runtime_dir}/frontends")
+        with self._phase("start the worker", origin):
+            self._executor = Executor(self._context, configure.runtime_dir, self._worker_module)
+        ready = self._executor.start(self._waiter, ConfigureWorker(config, 0, max_model_len, configure.started_at))
+        with self._phase("build the scheduler", origin):
+            engine = self._build(config, ready, max_model_len, num_valid_token_ids)
+        self._parent.send(CoreReady(endpoint, [*self._phases, *ready.phases], ready.memory))
+        return engine
+
+    @contextmanager
+    def _phase(self, phase: str, origin: float) -> Iterator[None]:
+        begun = time.time()
+        yield
+        self._phases.append(PhaseTime(self._name, phase, begun - origin, time.time() - begun))
+
+    def _listen(self, endpoint: str) -> str:
+        self._socket = new_socket(self._context, zmq.ROUTER)
+        bound, self._authenticator = bind(self._socket, endpoint)
+        return bound
+
+    def _build(
+        self, config: EngineConfig, ready: WorkerReady, max_model_len: int, num_valid_token_ids: int
+    ) -> EngineCore:
+        assert self._executor is not None
+        assert self._socket is not None
+        manager = KVCacheManager(BlockPool(ready.num_blocks), config.block_size)
+        _log_pool(manager.capacity_tokens, config.block_size, max_model_len)
+        scheduler = Scheduler(
+            kv_cache_manager=manager,
+            queue=RequestQueue(config.scheduling_policy),
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=max_model_len,
+        )
+        welcome = Welcome(
+            model=config.model,
+            max_model_len=max_model_len,
+            num_valid_token_ids=num_valid_token_ids,
+            block_size=config.block_size,
+            num_blocks=manager.pool.num_usable,
+            max_num_seqs=config.max_num_seqs,
+            device=ready.device,
+            dtype=ready.dtype,
+            version=folovllm.__version__,
+        )
+        self._frontends = Frontends(self._socket, welcome)
+        self._waiter.add(self._socket)
+        admission = Admission(
+            max_model_len=max_model_len,
+            num_valid_token_ids=num_valid_token_ids,
+            num_pool_tokens=manager.capacity_tokens,
+            max_num_seqs=config.max_num_seqs,
+            max_num_queued_reqs=config.max_num_queued_reqs,
+            max_num_queued_tokens=config.max_num_queued_tokens,
+        )
+        return EngineCore(
+            waiter=self._waiter,
+            parent=self._parent,
+            frontends=self._frontends,
+            admission=admission,
+            scheduler=scheduler,
+            executor=self._executor,
+            pool=manager.pool,
+            pipeline_depth=config.pipeline_depth,
+        )
+
+    def _remove_at_end(self, runtime_dir: pathlib.Path | None) -> None:
+        if runtime_dir is not None:
+            self._runtime_dir = runtime_dir
+            if self._watch is not None:
+                self._watch.set_last_will(lambda: shutil.rmtree(runtime_dir, ignore_errors=True))
+
+    def _tell(self, failure: Failed) -> None:
+        """Tells the frontends and the parent why the engine ends."""
+        message = f"{failure.process}: {failure.error_type}: {failure.message}"
+        logger.error("the engine ends: %s", message)
+        if self._frontends is not None:
+            self._frontends.fail(message)
+        self._parent.send(failure)
+
+    def _close(self) -> None:
+        if self._executor is not None:
+            self._executor.close(_WORKER_GRACE_S)
+        if self._authenticator is not None:
+            self._authenticator.close()
+        self._context.destroy(_LINGER_MS)
+        if self._runtime_dir is not None:
+            shutil.rmtree(self._runtime_dir, ignore_errors=True)
+
+
+def _resolve_limits(config: EngineConfig) -> tuple[int, int]:
+    """max_model_len and num_valid_token_ids, from options and model. Raises ConfigError or ModelError."""
+    model = read_model_config(pathlib.Path(config.model))
+    max_model_len = model.default_max_model_len if config.max_model_len is None else config.max_model_len
+    if max_model_len > model.longest_max_model_len:
+        raise ConfigError(
+            f"max_model_len={max_model_len} is more than the model's maximum, {model.longest_max_model_len}"
+        )
+    known = model.vocab_size if config.num_valid_token_ids is None else config.num_valid_token_ids
+    return max_model_len, min(known, model.vocab_size)
+
+
+def _log_pool(num_pool_tokens: int, block_size: int, max_model_len: int) -> None:
+    blocks = num_pool_tokens // block_size
+    logger.info("KV pool: %d blocks of %d tokens (%d tokens)", blocks, block_size, num_pool_tokens)
+    if num_pool_tokens < max_model_len:
+        logger.warning(
+            "the KV pool holds %d tokens, less than max_model_len=%d: longer prompts are refused, answers end there",
+            num_pool_tokens,
+            max_model_len,
+        )

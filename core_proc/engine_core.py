@@ -1,0 +1,187 @@
+"""The loop: frontends' requests in, steps out to the worker, their tokens in, outputs out to the frontends.
+
+`EngineCore.step` is one turn. All decisions are the scheduler's; this file only says what comes after what.
+"""
+
+import time
+from typing import NoReturn
+
+import numpy as np
+
+from folovllm.common.errors import ProtocolError
+from folovllm.common.log import get_logger
+from folovllm.common.messages.frontend_core import (
+    AbortRequests,
+    AddRequests,
+    EngineCoreOutputs,
+    EngineCoreRequest,
+    EngineStats,
+    FinishedRequest,
+    GetStats,
+    RejectedRequest,
+)
+from folovllm.core_proc.admission import Admission
+from folovllm.core_proc.block_pool import BlockPool
+from folovllm.core_proc.executor import Executor
+from folovllm.core_proc.frontends import Frontend, Frontends
+from folovllm.core_proc.parent_link import ParentLink
+from folovllm.core_proc.request import RequestStatus
+from folovllm.core_proc.scheduler import Scheduler, StepOutcome
+from folovllm.core_proc.waiter import Waiter
+
+_TICK_MS = 1000
+
+logger = get_logger(__name__)
+
+
+class EngineCore:
+    """One engine: what was built at its start, and the order in which it works."""
+
+    def __init__(
+        self,
+        *,
+        waiter: Waiter,
+        parent: ParentLink,
+        frontends: Frontends,
+        admission: Admission,
+        scheduler: Scheduler,
+        executor: Executor,
+        pool: BlockPool,
+        pipeline_depth: int,
+    ) -> None:
+        """`waiter` must know the sockets of `frontends` and `executor` already."""
+        self._waiter = waiter
+        self._parent = parent
+        self._frontends = frontends
+        self._admission = admission
+        self._scheduler = scheduler
+        self._executor = executor
+        self._pool = pool
+        self._pipeline_depth = pipeline_depth
+        self._is_checked = True
+
+    def run(self) -> NoReturn:
+        """Works until StopRequested or an EngineError ends it."""
+        while True:
+            self.step()
+
+    def step(self) -> None:
+        """One turn: waits for whatever comes first, then lets it take effect everywhere."""
+        sources = self._waiter.wait(self._timeout_ms())
+        now_s = time.monotonic()
+        if self._frontends.socket in sources:
+            self._receive(now_s)
+        outcomes = self._collect(now_s) if self._executor.socket in sources else []
+        self._abort_orphans(now_s)
+        self._submit(now_s)  # before the outputs are sent: the worker is not kept waiting
+        for outcome in outcomes:
+            self._frontends.send_outcome(outcome)
+        self._frontends.ping(now_s)
+        if self._parent.socket in sources:
+            self._parent.pass_over_frames()
+        self._executor.check(sources, now_s)
+        self._check_when_idle()
+
+    def _timeout_ms(self) -> int | None:
+        """None where nothing can become due without a frame: then the process sleeps."""
+        return _TICK_MS if len(self._frontends) or self._executor.num_in_flight else None
+
+    def _receive(self, now_s: float) -> None:
+        for frontend, message in self._frontends.receive():
+            match message:
+                case AddRequests():
+                    self._add(frontend, message.requests, now_s)
+                case AbortRequests():
+                    self._abort(frontend, message.numbers, now_s)
+                case GetStats():
+                    self._frontends.send(frontend, self._stats(message.ticket))
+
+    def _add(self, frontend: Frontend, messages: list[EngineCoreRequest], now_s: float) -> None:
+        rejected: list[RejectedRequest] = []
+        finished: list[FinishedRequest] = []
+        scheduler = self._scheduler
+        for message in messages:
+            refusal = self._admission.refusal(
+                message,
+                frontend.requests,
+                num_running=scheduler.num_running,
+                num_waiting=scheduler.num_waiting,
+                num_waiting_tokens=scheduler.num_waiting_tokens,
+            )
+            if refusal is not None:
+                logger.debug("%s: request %s refused: %s", frontend.name, message.request_id, refusal.message)
+                rejected.append(refusal)
+            elif message.max_tokens == 0:
+                numbers = range(message.number, message.number + message.n)
+                finished += [FinishedRequest(number, "length") for number in numbers]
+            else:
+                for request in self._admission.admit(message, frontend.client, now_s):
+                    frontend.requests[request.number] = request
+                    scheduler.add_request(request)
+        if rejected or finished:
+            self._frontends.send(frontend, EngineCoreOutputs(finished=finished, rejected=rejected))
+
+    def _abort(self, frontend: Frontend, numbers: bytes, now_s: float) -> None:
+        requests = [
+            request
+            for number in np.frombuffer(numbers, "<i4").tolist()
+            if (request := frontend.requests.pop(number, None)) is not None
+        ]
+        if requests:
+            self._scheduler.finish_requests(requests, RequestStatus.FINISHED_ABORTED, now_s)
+
+    def _abort_orphans(self, now_s: float) -> None:
+        orphans = self._frontends.take_orphans()
+        if orphans:
+            self._scheduler.finish_requests(orphans, RequestStatus.FINISHED_ABORTED, now_s)
+
+    def _collect(self, now_s: float) -> list[StepOutcome]:
+        outcomes = []
+        for output in self._executor.collect():
+            if output.error:
+                logger.error("step %d failed: %s", output.step_id, output.error)
+            try:
+                outcome = self._scheduler.update_from_output(output, now_s)
+            except ProtocolError as error:
+                self._executor.refuse(str(error))
+                continue
+            if outcome.finished:
+                self._admission.pace.note(len(outcome.finished), now_s)
+            outcomes.append(outcome)
+        return outcomes
+
+    def _submit(self, now_s: float) -> None:
+        while self._executor.num_in_flight < self._pipeline_depth:
+            step = self._scheduler.schedule(now_s)
+            if step is None:
+                return
+            self._executor.submit(step, now_s)
+
+    def _stats(self, ticket: int) -> EngineStats:
+        scheduler, counters = self._scheduler, self._scheduler.counters
+        return EngineStats(
+            ticket=ticket,
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_free_blocks=self._pool.num_free,
+            num_blocks=self._pool.num_usable,
+            num_cached_tokens_total=counters.num_cached_tokens,
+            num_preemptions_total=counters.num_preemptions,
+            num_lost_tokens_total=counters.num_lost_tokens,
+            num_prompt_tokens_total=counters.num_prompt_tokens,
+            num_output_tokens_total=counters.num_output_tokens,
+            num_frontends=len(self._frontends),
+            num_steps_total=counters.num_steps,
+            tokens_in_use=scheduler.num_tokens_in_use,
+        )
+
+    def _check_when_idle(self) -> None:
+        """Checks the invariants once, each time the engine has run out of work."""
+        if self._scheduler.has_unfinished:
+            self._is_checked = False
+        elif not self._is_checked:
+            self._is_checked = True
+            try:
+                self._scheduler.check_invariants()
+            except AssertionError:
+                logger.exception("the scheduler's books do not add up; please report this")

@@ -1,0 +1,197 @@
+"""The connected frontends: who they are, which requests are whose, and what each of them is sent.
+
+A frontend is known by a small number of the core's (`client`) for as long as its connection lives. Its end shows when a
+frame cannot be delivered, so that each is sent a Ping once a second; its requests are then orphans, to be aborted.
+"""
+
+from collections.abc import Iterator
+from typing import Final
+
+import numpy as np
+import zmq
+
+from folovllm.common.errors import ProtocolError
+from folovllm.common.log import get_logger
+from folovllm.common.messages.frontend_core import (
+    AbortRequests,
+    AddRequests,
+    CoreToFrontend,
+    EngineCoreOutputs,
+    EngineFailed,
+    FinishedRequest,
+    FrontendToCore,
+    GetStats,
+    Ping,
+    RejectedRequest,
+    Welcome,
+)
+from folovllm.common.messages.lifecycle import PROTOCOL_VERSION, BadFrame, Hello
+from folovllm.common.transport import Decoder, encode
+from folovllm.core_proc.refusals import Refusals, receive_waiting
+from folovllm.core_proc.request import Request
+from folovllm.core_proc.scheduler import StepOutcome
+
+PING_INTERVAL_S: Final = 1.0
+_PING: Final = encode(Ping())
+_TOKEN_ID_BYTES = 4
+
+logger = get_logger(__name__)
+
+
+class Frontend:
+    """One connected frontend and its live requests by their numbers."""
+
+    def __init__(self, client: int, identity: bytes, name: str) -> None:
+        self.client = client
+        self.identity = identity
+        self.name = name
+        self.requests: dict[int, Request] = {}
+
+
+class Frontends:
+    """All connected frontends behind one ROUTER socket."""
+
+    def __init__(self, socket: "zmq.Socket[bytes]", welcome: Welcome) -> None:
+        self.socket = socket
+        self._welcome = welcome
+        self._refusals = Refusals(socket, "frontend link")
+        self._decoder: Decoder[FrontendToCore] = Decoder(FrontendToCore)
+        self._by_identity: dict[bytes, Frontend] = {}
+        self._by_client: dict[int, Frontend] = {}
+        self._next_client = 0
+        self._next_ping_s = 0.0
+        self._orphans: list[Request] = []
+
+    def __len__(self) -> int:
+        return len(self._by_client)
+
+    def receive(self) -> Iterator[tuple[Frontend, AddRequests | AbortRequests | GetStats]]:
+        """What the frontends ask for, in the order of arrival; greetings and bad frames are dealt with here."""
+        for identity, frame in receive_waiting(self.socket):
+            try:
+                message = self._decode(identity, frame)
+            except ProtocolError as error:
+                self._refusals.refuse(identity, str(error))
+                continue
+            if isinstance(message, Hello):
+                self._greet(identity, message)
+            elif isinstance(message, BadFrame):
+                self._refusals.note(identity, f"says that a frame of ours is bad: {message.reason}")
+            else:
+                yield self._by_identity[identity], message
+
+    def take_orphans(self) -> list[Request]:
+        """The live requests of frontends that are gone; each is told once."""
+        orphans, self._orphans = self._orphans, []
+        return orphans
+
+    def send(self, frontend: Frontend, message: CoreToFrontend) -> None:
+        """Sends one message; a frontend that cannot be reached is forgotten."""
+        self._deliver(frontend, encode(message))
+
+    def send_outcome(self, outcome: StepOutcome) -> None:
+        """Tells each frontend what a step brought for it, in one message."""
+        finished = self._finished_by_client(outcome.finished)
+        clients = outcome.clients
+        if len(clients) and clients[0] == clients.max() == clients.min():  # mostly one frontend: nothing to pick apart
+            self._send_outputs(int(clients[0]), outcome.numbers.tobytes(), outcome.token_ids.tobytes(), finished)
+        else:
+            for client in np.unique(clients).tolist():
+                mine = clients == client
+                numbers, token_ids = outcome.numbers[mine].tobytes(), outcome.token_ids[mine].tobytes()
+                self._send_outputs(client, numbers, token_ids, finished)
+        for client in list(finished):
+            self._send_outputs(client, b"", b"", finished)
+
+    def reject(self, frontend: Frontend, rejected: list[RejectedRequest]) -> None:
+        """Tells a frontend which of its requests were refused."""
+        for refusal in rejected:
+            logger.debug("%s: request %d refused: %s", frontend.name, refusal.number, refusal.message)
+        self.send(frontend, EngineCoreOutputs(rejected=rejected))
+
+    def ping(self, now_s: float) -> None:
+        """Once a second: finds frontends that are gone."""
+        if now_s < self._next_ping_s:
+            return
+        self._next_ping_s = now_s + PING_INTERVAL_S
+        for frontend in list(self._by_client.values()):
+            self._deliver(frontend, _PING)
+
+    def fail(self, message: str) -> None:
+        """Tells all frontends that the engine ends."""
+        for frontend in list(self._by_client.values()):
+            self.send(frontend, EngineFailed(message))
+
+    def _decode(self, identity: bytes, frame: bytes | None) -> FrontendToCore:
+        if frame is None:
+            raise ProtocolError("a message is one frame")
+        message = self._decoder.decode(frame)
+        if identity not in self._by_identity and not isinstance(message, Hello | BadFrame):
+            raise ProtocolError("the first message must be Hello")
+        if isinstance(message, AbortRequests) and len(message.numbers) % _TOKEN_ID_BYTES:
+            raise ProtocolError(f"{len(message.numbers)} bytes are no whole number of int32 request numbers")
+        return message
+
+    def _greet(self, identity: bytes, hello: Hello) -> None:
+        if hello.role != "frontend":
+            self._refusals.refuse(identity, f"frontends are served here, not a {hello.role}")
+            return
+        if hello.protocol != PROTOCOL_VERSION:
+            reason = f"this engine speaks protocol {PROTOCOL_VERSION}, the frontend {hello.protocol}; use one version"
+            self._refusals.refuse(identity, reason)
+            return
+        if identity in self._by_identity:
+            self._forget(self._by_identity[identity], "greets anew")
+        frontend = Frontend(self._next_client, identity, f"{hello.name} (pid {hello.pid})")
+        self._next_client += 1
+        self._by_identity[identity] = frontend
+        self._by_client[frontend.client] = frontend
+        logger.info("frontend %s connected; %d in all", frontend.name, len(self))
+        self.send(frontend, self._welcome)
+
+    def _finished_by_client(self, finished: list[Request]) -> dict[int, list[FinishedRequest]]:
+        by_client: dict[int, list[FinishedRequest]] = {}
+        for request in finished:
+            frontend = self._by_client.get(request.client)
+            if frontend is not None:
+                frontend.requests.pop(request.number, None)
+                by_client.setdefault(request.client, []).append(finished_message(request))
+        return by_client
+
+    def _send_outputs(
+        self, client: int, numbers: bytes, token_ids: bytes, finished: dict[int, list[FinishedRequest]]
+    ) -> None:
+        ended = finished.pop(client, [])
+        frontend = self._by_client.get(client)
+        if frontend is not None:
+            self.send(frontend, EngineCoreOutputs(numbers, token_ids, ended))
+
+    def _deliver(self, frontend: Frontend, frame: bytes) -> None:
+        try:
+            self.socket.send_multipart([frontend.identity, frame], zmq.NOBLOCK)
+        except zmq.ZMQError as error:  # EHOSTUNREACH: the connection is gone
+            self._forget(frontend, f"is gone ({error.strerror})")
+
+    def _forget(self, frontend: Frontend, why: str) -> None:
+        if self._by_client.pop(frontend.client, None) is None:
+            return
+        del self._by_identity[frontend.identity]
+        logger.info("frontend %s %s; %d requests aborted", frontend.name, why, len(frontend.requests))
+        self._orphans += frontend.requests.values()
+        frontend.requests.clear()
+
+
+def finished_message(request: Request) -> FinishedRequest:
+    """What its frontend is told of a finished request."""
+    return FinishedRequest(
+        number=request.number,
+        finish_reason=request.finish_reason,
+        stop_token_id=request.stop_token_id,
+        token_ids=b"" if request.stream else request.output_token_ids.tobytes(),
+        num_cached_tokens=request.num_cached_tokens,
+        num_preemptions=request.num_preemptions,
+        queue_s=request.queue_s,
+        first_token_s=request.first_token_s,
+        total_s=request.total_s,
+        error=request.error,
+    )
