@@ -76,7 +76,7 @@ def meminfo_available(path: pathlib.Path) -> int:
 def cgroup_memory_left(root: pathlib.Path, group: str) -> int:
     """Bytes below the strictest memory limit of the cgroup (version 1 or 2) and its ancestors.
 
-    Page cache counts as used by a cgroup, but is given up under pressure, so file-backed inactive pages are not counted.
+    Page cache counts as used by a cgroup, but is given up under pressure, so inactive file pages are not counted.
     """
     left = _UNLIMITED
     for folder in _with_ancestors(root, group):

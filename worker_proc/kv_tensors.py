@@ -1,8 +1,8 @@
 """The KV cache: keys and values of all layers in fixed-size blocks, allocated once.
 
-Layout: `data` [num_layers, 2, num_kv_heads, num_blocks, block_size, head_dim], keys before values. A layer's blocks of one
-head are rows of block_size · head_dim contiguous numbers, so a batch's keys *and* values are fetched by one row gather,
-and what comes out is already [heads · requests, tokens, head_dim], the shape of a batched product. Measured against
+Layout: `data` [num_layers, 2, num_kv_heads, num_blocks, block_size, head_dim], keys before values. A layer's blocks
+of one head are rows of block_size · head_dim contiguous numbers, so a batch's keys *and* values are fetched by one row
+gather, and what comes out is already [heads · requests, tokens, head_dim], the shape of a batched product. Measured against
 `[num_blocks, block_size, num_kv_heads, head_dim]`, which gathers equally fast but leaves keys strided: the attention of
 16 requests × 256 tokens takes 0.24 instead of 0.38 ms a layer (2 cores, bf16, 9/3 heads of 64).
 """
@@ -52,7 +52,7 @@ class KVTensors:
         return (self._head_offsets(self.num_blocks, blocks.device)[:, None] + blocks.flatten()).flatten()
 
     def token_row_ids(self, slot_mapping: torch.Tensor) -> torch.Tensor:
-        """Rows of `token_rows` for slots [T] (block · block_size + i), int64 [T · 2 · num_kv_heads], tokens outermost."""
+        """Rows of `token_rows` for slots [T] (block · block_size + i), int64 [T · 2 · heads], tokens outermost."""
         offsets = self._head_offsets(self.num_blocks * self.block_size, slot_mapping.device)
         return (slot_mapping[:, None] + offsets).flatten()
 

@@ -2,11 +2,11 @@
 
 Decoding requests share one batched product per group of similar length: the query heads of a KV head are the rows of a
 small matrix, so K and V are read once for the whole group of heads and never expanded. Their blocks are fetched by one
-gather a layer, straight into the product's shape (see `kv_tensors`). Requests are put together only while the longest is
-at most twice as long as the shortest, which bounds the padding to half of what is read.
+gather a layer, straight into the product's shape (see `kv_tensors`). Requests are put together only while the longest
+is at most twice as long as the shortest, which bounds the padding to half of what is read.
 
-Chunks and prompts go through scaled_dot_product_attention, request by request. The query heads of a group see the same K
-and V through a stride of 0. A prompt without context needs no gather and no mask at all.
+Chunks and prompts go through scaled_dot_product_attention, request by request. The query heads of a group see the same
+K and V through a stride of 0. A prompt without context needs no gather and no mask at all.
 
 Cost: gather and products read each key and value twice and write it once; on 2 cores 0.24 ms a layer for 16 requests ×
 256 tokens (bf16, 9/3 heads of 64), of which the gather is a fifth.

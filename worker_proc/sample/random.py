@@ -1,9 +1,9 @@
 """Random numbers without a generator: each is a hash of what it is drawn for.
 
 `uniform(seed, sample_index, position)` gives the same number in any batch, after preemption, after a crash and on any
-device, because nothing else goes in. The hash is the finalizer of SplitMix64 (Steele, Lea, Flood 2014), applied to the
-seed and then to the counter. Integer arithmetic only: products wrap modulo 2^64 on the CPU as on CUDA, and a right shift
-is made logical by a mask, so the bits agree everywhere.
+device, because nothing else goes in. The hash is the finalizer of SplitMix64 (Steele, Lea, Flood 2014), applied to
+the seed and then to the counter. Integer arithmetic only: products wrap modulo 2^64 on the CPU as on CUDA, and a right
+shift is made logical by a mask, so the bits agree everywhere.
 """
 
 import torch

@@ -9,8 +9,8 @@ For each row, in this order:
 5. Draw: the token at which the cumulated probability, *in order of ids*, first exceeds a uniform number.
 Where equal z meet a boundary of 2 or 3, the lowest ids stay. The order of the filters is that of transformers.
 
-A row's result does not depend on the other rows: nothing is reduced across rows, and within a row sums are cumulated from
-left to right in float64, so that it makes no difference from how many candidates the row is computed.
+A row's result does not depend on the other rows: nothing is reduced across rows, and within a row sums are cumulated
+from left to right in float64, so that it makes no difference from how many candidates the row is computed.
 
 Cost: rows without a filter need no sort. For rows with one, the largest 128 z decide mostly, the largest 1,024 nearly
 always; only where these do not (a nucleus that is wider, that many equal values) the row is sorted whole.
