@@ -1,0 +1,123 @@
+"""Writes the figures of bench/results/*.json into docs/performance.md, between its markers.
+
+A section stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; one without a result is left as it is. Run it as
+
+    python bench/report.py
+"""
+
+import argparse
+import json
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from bench.common import RESULTS
+
+PAGE = pathlib.Path(__file__).resolve().parent.parent / "docs" / "performance.md"
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [headers, ["---"] * len(headers), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def m1(result: dict[str, Any]) -> str:
+    rows = [
+        ["time to first token", f"{result['ttft_ms']:.1f} ms"],
+        ["time per output token", f"{result['tpot_ms']:.1f} ms"],
+        ["gap between tokens, 50th / 99th percentile", f"{result['gap_p50_ms']:.1f} / {result['gap_p99_ms']:.1f} ms"],
+        ["end to end", f"{result['e2e_ms']:.0f} ms"],
+        ["output tokens/s", f"{result['output_tokens_per_s']:.1f}"],
+        ["rate at which decoding reads the weights", f"{result['weights_read_gb_per_s']:.1f} GB/s"],
+    ]
+    size = result["sizes"]
+    return table([f"one request, {size['prompt_len']} + {size['output_len']} tokens", "median"], rows)
+
+
+def m2(result: dict[str, Any]) -> str:
+    sweep = result["continuous_tokens_per_s"]
+    counts = table(["requests at once", *sweep], [["output tokens/s", *(f"{value:.0f}" for value in sweep.values())]])
+    rates = result["tokens_per_s"]
+    rows = [
+        ["one by one", f"{rates['one_by_one']:.1f}", f"{result['ratio_one_by_one']:.2f}", "4"],
+        [
+            "transformers' generate, one padded batch",
+            f"{rates['transformers']:.1f}",
+            f"{result['ratio_transformers']:.2f}",
+            "2.5",
+        ],
+        ["continuous batching", f"{rates['continuous']:.1f}", "", ""],
+    ]
+    compared = table(["16 requests", "output tokens/s", "continuous is faster by", "goal"], rows)
+    return f"{counts}\n\n{compared}"
+
+
+def m3(result: dict[str, Any]) -> str:
+    rows = [
+        [
+            way,
+            f"{result['bytes_reserved'][way] / 2**20:,.1f}",
+            f"{result['bytes_used'] / 2**20:,.1f}",
+            f"{result['used_share'][way]:.1%}",
+            result["requests_in_budget"][way],
+        ]
+        for way in ("contiguous", "paged")
+    ]
+    headers = ["", "MiB reserved", "MiB used", "used share", f"requests in {result['budget_mib']} MiB"]
+    head = f"{result['num_running']} requests in work, {result['bytes_per_token']:,} bytes a token, "
+    return f"{head}contiguous: {result['max_model_len']:,} tokens each\n\n" + table(headers, rows)
+
+
+def startup(result: dict[str, Any]) -> str:
+    rows = [
+        ["`import folovllm`", f"{result['import_ms']:.1f} ms", "50 ms"],
+        ["warm start to the first token", f"{result['first_token_s']:.2f} s", "8 s"],
+        ["of these, in no phase of the table", f"{result['unexplained_s']:.2f} s", "0.3 s"],
+    ]
+    phases = [
+        [phase["process"], phase["phase"], f"{phase['start_s']:.2f}", f"{phase['seconds']:.2f}"]
+        for phase in sorted(result["phases"], key=lambda phase: phase["start_s"])
+    ]
+    goals = table(["figure", "median", "goal"], rows)
+    return goals + "\n\n" + table(["process", "phase", "begins at s", "seconds"], phases)
+
+
+SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {"m1": m1, "m2": m2, "m3": m3, "startup": startup}
+
+
+def render(name: str, content: dict[str, Any]) -> str:
+    """One section's text: command, machine, tables."""
+    machine = ", ".join(f"{key} {value}" for key, value in content["machine"].items())
+    return f"`{content['command']}` · {machine}\n\n{SECTIONS[name](content['result'])}"
+
+
+def fill(page: str, name: str, text: str) -> str:
+    """The page with `text` between the markers of `name`.
+
+    Raises:
+        ValueError: the page does not have these markers exactly once.
+    """
+    pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
+    filled, count = pattern.subn(lambda match: f"{match[1]}\n{text}\n\n{match[2]}", page)
+    if count != 1:
+        raise ValueError(f"{PAGE.name} has the markers of {name} {count} times instead of once")
+    return filled
+
+
+def main() -> None:
+    argparse.ArgumentParser(description="Writes bench/results/*.json into docs/performance.md.").parse_args()
+    page = PAGE.read_text(encoding="utf-8")
+    for name in SECTIONS:
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            page = fill(page, name, render(name, json.loads(path.read_text(encoding="utf-8"))))
+            print(f"{name}: filled in")
+        else:
+            print(f"{name}: no result, left as it is")
+    PAGE.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
