@@ -1,7 +1,7 @@
 """Tiny random models in Hugging Face's format, made with transformers, the oracle for numbers.
 
-Two layers, hidden size 64, some kilobytes. Weights are drawn wide (standard deviation 0.15 instead of 0.02), so that logits
-differ clearly and a wrong rotation or a swapped head shows.
+Two layers, hidden size 64, some kilobytes. Weights are drawn wide (standard deviation 0.15 instead of 0.02), so that
+logits differ clearly and a wrong rotation or a swapped head shows.
 """
 
 import json

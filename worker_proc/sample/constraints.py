@@ -2,8 +2,8 @@
 
 Constraints change logits in this order, which is that of `Precedence`: logit bias first, since it only adds; then what
 forbids: allowed ids, grammar, bad words, min_tokens. Forbidding is final (-inf stays -inf whatever is added), so
-a later constraint can only take away. Last, the rows that are left without any token are reported: such a request ends with a
-reason, argmax over nothing never happens.
+a later constraint can only take away. Last, the rows that are left without any token are reported: such a request ends
+with a reason, argmax over nothing never happens.
 
 A new kind of constraint is a class with `precedence` and `apply`, and one member here.
 """

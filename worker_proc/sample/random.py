@@ -26,7 +26,8 @@ def uniform(seed: torch.Tensor, sample_index: torch.Tensor, position: torch.Tens
     bits = _mix(_mix(seed + _STEP) + counter * _STEP)
     top = (bits >> (64 - _MANTISSA_BITS)) & (2**_MANTISSA_BITS - 1)
     # Half a unit is added so that 0 never occurs; 52 bits and the half are exact in float64, so 1 never does either.
-    return (top.to(torch.float64) + 0.5) * 2.0**-_MANTISSA_BITS
+    number: torch.Tensor = (top.to(torch.float64) + 0.5) * 2.0**-_MANTISSA_BITS
+    return number
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,58 @@
+import pytest
+import torch
+
+from folovllm.worker_proc.device import Placement
+from folovllm.worker_proc.layers.linear import Linear, can_pack
+
+CPU = torch.device("cpu")
+
+
+def make(dtype: torch.dtype, *, bias: bool) -> tuple[Linear, dict[str, torch.Tensor]]:
+    layer = Linear(48, {"q_proj": 64, "k_proj": 16, "v_proj": 16}, Placement(CPU, dtype), bias=bias)
+    parts = dict(layer.checkpoint_tensors("attn."))
+    generator = torch.Generator().manual_seed(0)
+    for part in parts.values():
+        part.copy_(torch.randn(part.shape, generator=generator))
+    return layer, parts
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_parts_lie_one_below_the_other_and_packing_changes_no_product(dtype: torch.dtype, bias: bool) -> None:
+    layer, parts = make(dtype, bias=bias)
+    kinds = ("weight", "bias") if bias else ("weight",)
+    assert list(parts) == [f"attn.{name}_proj.{kind}" for name in "qkv" for kind in kinds]
+    expected_weight = torch.cat([parts[f"attn.{name}_proj.weight"] for name in "qkv"]).float()
+    x = torch.randn(37, 48, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = x.float() @ expected_weight.t()
+    if bias:
+        expected += torch.cat([parts[f"attn.{name}_proj.bias"] for name in "qkv"]).float()
+    tolerance = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}[dtype]
+    with torch.inference_mode():
+        for rows in (1, 2, 16, 37):
+            torch.testing.assert_close(layer(x[:rows]).float(), expected[:rows], atol=tolerance, rtol=tolerance)
+        layer.pack()
+        for rows in (1, 2, 16, 37):
+            product = layer(x[:rows])
+            assert product.dtype == dtype and product.is_contiguous()
+            torch.testing.assert_close(product.float(), expected[:rows], atol=tolerance, rtol=tolerance)
+
+
+def test_only_bf16_is_packed() -> None:
+    assert not can_pack(torch.zeros(16, 16))
+    assert not can_pack(torch.zeros(16, 16, dtype=torch.float16))
+    supported = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert can_pack(torch.zeros(16, 16, dtype=torch.bfloat16)) == supported
+
+
+def test_a_tied_layer_leaves_the_embedding_as_it_is() -> None:
+    embedding = torch.randn(50, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    before = embedding.clone()
+    layer = Linear.tied(embedding)
+    assert layer.weight is embedding and list(layer.checkpoint_tensors("")) == []
+    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(1)).bfloat16()
+    with torch.inference_mode():
+        plain = layer(x)
+        layer.pack()
+        torch.testing.assert_close(layer(x), plain)
+    assert torch.equal(embedding, before)
