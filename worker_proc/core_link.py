@@ -1,0 +1,139 @@
+"""The worker's main connection to the core: Hello and configuration, then steps; all the while it watches for the end.
+
+A frame that is no valid message, or no message for this phase, is answered with its reason, logged at a bounded rate,
+and has no other effect. It belongs to the main thread; results leave through the output thread's own connection.
+"""
+
+import os
+import time
+import traceback
+
+import zmq
+
+from folovllm.common.child_process import ParentWatch
+from folovllm.common.errors import EngineStartError, ProtocolError
+from folovllm.common.log import get_logger
+from folovllm.common.messages.core_worker import CoreToWorker, SchedulerOutput, WorkerToCore
+from folovllm.common.messages.lifecycle import PROTOCOL_VERSION, BadFrame, ConfigureWorker, Failed, Hello
+from folovllm.common.stop_signals import StopSignals
+from folovllm.common.transport import Decoder, connect, encode, new_socket
+
+_LINGER_MS = 500  # a last report has so long to leave; a core that is gone must not hold up the end
+_LINES_PER_SECOND = 5
+_MAX_REASON_CHARACTERS = 500  # a reason may quote the frame's own bytes
+
+logger = get_logger(__name__)
+
+
+class StopRequested(Exception):
+    """The process is to end now, in order, with `exit_code`."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"stop with exit code {exit_code}")
+        self.exit_code = exit_code
+
+
+class CoreLink:
+    """See the module's head. Every call that waits raises StopRequested when the core is gone (0) or a signal came."""
+
+    def __init__(self, endpoint: str, name: str, signals: StopSignals, watch: ParentWatch | None) -> None:
+        self.endpoint = endpoint
+        self.name = name
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = new_socket(self.context, zmq.DEALER)
+        self._socket.setsockopt_string(zmq.IDENTITY, name)
+        self._decoder: Decoder[CoreToWorker] = Decoder(CoreToWorker)
+        self._log = _BoundedLog()
+        self._signals = signals
+        self._parent_fd = -1 if watch is None else watch.fd
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(signals.fd, zmq.POLLIN)
+        if watch is not None:
+            self._poller.register(watch.fd, zmq.POLLIN)
+
+    def ask_configuration(self) -> ConfigureWorker:
+        """Dials, says Hello and waits for the configuration.
+
+        Raises:
+            ConfigError: the endpoint is wrong.
+            EngineStartError: the core refused the Hello.
+        """
+        connect(self._socket, self.endpoint)
+        self.send(Hello("worker", PROTOCOL_VERSION, os.getpid(), self.name))
+        while True:
+            message = self._receive()
+            if isinstance(message, ConfigureWorker):
+                return message
+            if isinstance(message, BadFrame):
+                raise EngineStartError(f"the core refused the worker's Hello: {message.reason}")
+            self._refuse("the worker is not configured yet, no step can be computed")
+
+    def receive_step(self) -> SchedulerOutput:
+        """Waits for the next step."""
+        while True:
+            message = self._receive()
+            if isinstance(message, SchedulerOutput):
+                return message
+            if isinstance(message, BadFrame):
+                self._log.warning(f"the core says that a frame of ours is bad: {message.reason}")
+            else:
+                self._refuse("the worker is configured already")
+
+    def check_stop(self) -> None:
+        """Raises StopRequested if it is time to end; does not wait."""
+        self._wait(0)
+
+    def send(self, message: WorkerToCore) -> None:
+        self._socket.send(encode(message), zmq.NOBLOCK)
+
+    def report(self, error: Exception) -> None:
+        """Sends a Failed that tells `error`."""
+        text = "".join(traceback.format_exception(error))
+        self.send(Failed(self.name, type(error).__name__, str(error), text))
+
+    def close(self) -> None:
+        self._socket.close(_LINGER_MS)
+        self.context.term()
+
+    def _wait(self, timeout_ms: int | None) -> None:
+        ready = [source for source, _ in self._poller.poll(timeout_ms)]
+        if self._parent_fd in ready:
+            raise StopRequested(0)
+        if self._signals.fd in ready:
+            raise StopRequested(self._signals.exit_code())
+
+    def _receive(self) -> CoreToWorker:
+        """Waits for the next valid message; refuses what comes before it."""
+        while True:
+            self._wait(None)
+            frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            try:
+                if len(frames) != 1:
+                    raise ProtocolError(f"a message is one frame, not {len(frames)}")
+                return self._decoder.decode(frames[0])
+            except ProtocolError as error:
+                self._refuse(str(error))
+
+    def _refuse(self, reason: str) -> None:
+        reason = reason[:_MAX_REASON_CHARACTERS]
+        self._log.warning(f"frame of the core refused: {reason}")
+        self.send(BadFrame(reason))
+
+
+class _BoundedLog:
+    """Warnings, a few a second; what is left out is counted."""
+
+    def __init__(self) -> None:
+        self._second = 0
+        self._lines = 0
+
+    def warning(self, text: str) -> None:
+        second = int(time.monotonic())
+        if second != self._second:
+            if self._lines > _LINES_PER_SECOND:
+                logger.warning("%d more such lines left out", self._lines - _LINES_PER_SECOND)
+            self._second, self._lines = second, 0
+        self._lines += 1
+        if self._lines <= _LINES_PER_SECOND:
+            logger.warning("%s", text)

@@ -1,0 +1,217 @@
+"""This step's tensors: made new each step, gathered on the device from the persistent rows.
+
+What depends only on which slots a step schedules (indices, sampling parameters) is kept as long as the same slots
+decode, so that such a step uploads nothing: inputs, positions and the places of K and V are computed on the device.
+
+Tokens of all requests lie flat, one after another. R requests, T tokens, S of the requests sample: those whose last
+known token is computed in this step.
+"""
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from folovllm.worker_proc.attention.backend import AttentionMetadata
+from folovllm.worker_proc.host_to_device import upload
+from folovllm.worker_proc.request_states import (
+    MIN_P,
+    MIN_TOKENS,
+    NUM_PROMPT,
+    SAMPLE_INDEX,
+    SEED,
+    TEMPERATURE,
+    TOP_K,
+    TOP_P,
+    RequestStates,
+)
+from folovllm.worker_proc.sample.constraints import Constraint, MinTokens
+from folovllm.worker_proc.sample.sampler import SamplingTensors, split_rows
+from folovllm.worker_proc.step_arrays import Ids, StepArrays
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BatchIndex:
+    """What depends on a step's slots, token counts and on who samples, but not on how far the requests are.
+
+    Attributes:
+        key: of the step it was made for.
+        samples: [R] bool, on the host.
+        slots, query_lens: [R]; `query_lens_list` is the same on the host.
+        token_slots: [T] each token's slot.
+        token_offsets: [T] each token's place among its request's tokens of this step.
+        all_sample: every request samples, and after its only token: nothing has to be selected.
+        rows: [S] the requests that sample.
+        logits_rows: [S] their last tokens.
+        sampling_slots: [S]; `host_sampling_slots` is the same on the host.
+        num_prompt: [S] prompt lengths.
+        sampling: parameters of the S rows; `position` is the step's and replaced.
+    """
+
+    key: tuple[bytes, bytes]
+    samples: np.ndarray[tuple[int], np.dtype[np.bool_]]
+    slots: torch.Tensor
+    query_lens: torch.Tensor
+    query_lens_list: list[int]
+    token_slots: torch.Tensor
+    token_offsets: torch.Tensor
+    all_sample: bool
+    rows: torch.Tensor
+    logits_rows: torch.Tensor
+    sampling_slots: torch.Tensor
+    host_sampling_slots: Ids
+    num_prompt: torch.Tensor
+    sampling: SamplingTensors
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class InputBatch:
+    """One step's inputs.
+
+    Attributes:
+        index: what the step has in common with others of the same slots.
+        input_ids, positions: [T].
+        metadata: for the attention backend.
+        sampling: parameters of the S rows that sample.
+        constraints: what forbids tokens in some of the S rows.
+        next_positions: [S] where in its row each sampled token goes.
+    """
+
+    index: BatchIndex
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    metadata: AttentionMetadata
+    sampling: SamplingTensors
+    constraints: list[Constraint]
+    next_positions: torch.Tensor
+
+    @property
+    def num_sampling(self) -> int:
+        return len(self.index.host_sampling_slots)
+
+    def sampling_rows(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[T, H] → [S, H]: the last token of every request that samples."""
+        return hidden if self.index.all_sample else hidden.index_select(0, self.index.logits_rows)
+
+
+class InputBatchBuilder:
+    """Builds the steps' batches from the persistent rows. `num_columns`: ids that can be sampled are below this."""
+
+    def __init__(self, states: RequestStates, num_columns: int) -> None:
+        self._states = states
+        self._num_columns = num_columns
+        self._index: BatchIndex | None = None
+        self._min_tokens: tuple[bytes, list[Constraint]] = (b"", [])
+
+    def build(self, step: StepArrays) -> InputBatch:
+        """The batch of a step that has been applied to the rows and not yet been counted as computed."""
+        states, counts = self._states, self._states.counts
+        seq_lens = counts.num_computed[step.slots] + step.query_lens
+        index = self._index_of(step, seq_lens == counts.num_tokens[step.slots])
+        positions = states.num_computed.index_select(0, index.token_slots) + index.token_offsets
+        flat = index.token_slots * states.limits.max_model_len + positions
+        input_ids = states.token_ids.view(-1).index_select(0, flat).to(torch.int64)
+        metadata = self._metadata(step, index, seq_lens, positions)
+        ends = metadata.seq_lens_device
+        next_positions = ends if index.all_sample else ends.index_select(0, index.rows)
+        return InputBatch(
+            index,
+            input_ids,
+            positions,
+            metadata,
+            dataclasses.replace(index.sampling, position=next_positions - index.num_prompt),
+            self._constraints(index, seq_lens),
+            next_positions,
+        )
+
+    def _metadata(
+        self, step: StepArrays, index: BatchIndex, seq_lens: Ids, positions: torch.Tensor
+    ) -> AttentionMetadata:
+        table, size = self._states.block_table, self._states.limits.block_size
+        num_blocks = -(-int(seq_lens.max()) // size)
+        blocks = table.view(-1).index_select(0, index.token_slots * table.shape[1] + positions // size)
+        return AttentionMetadata(
+            query_lens=index.query_lens_list,
+            seq_lens=seq_lens.tolist(),
+            num_decodes=step.num_decodes,
+            block_table=table[:, :num_blocks].index_select(0, index.slots),
+            slot_mapping=blocks * size + positions % size,
+            seq_lens_device=self._states.num_computed.index_select(0, index.slots) + index.query_lens,
+        )
+
+    def _index_of(self, step: StepArrays, samples: "np.ndarray[tuple[int], np.dtype[np.bool_]]") -> BatchIndex:
+        """The index of the last step if it fits this one too, else a new one."""
+        index = self._index
+        if index is None or step.new_rows or step.key != index.key or not np.array_equal(samples, index.samples):
+            self._index = index = self._make_index(step, samples)
+            self._min_tokens = (b"", [])
+        return index
+
+    def _make_index(self, step: StepArrays, samples: "np.ndarray[tuple[int], np.dtype[np.bool_]]") -> BatchIndex:
+        lens, num_requests = step.query_lens, len(step.slots)
+        ends = np.cumsum(lens)
+        rows = np.flatnonzero(samples)
+        sampling_slots = step.slots[rows]
+        offsets = np.arange(int(ends[-1])) - np.repeat(ends - lens, lens)
+        packed = np.concatenate(
+            [step.slots, lens, np.repeat(step.slots, lens), offsets, rows, ends[rows] - 1, sampling_slots]
+        )
+        sizes = [num_requests] * 2 + [len(offsets)] * 2 + [len(rows)] * 3
+        slots, query_lens, token_slots, token_offsets, rows_device, logits_rows, sampling_device = upload(
+            packed, self._states.device
+        ).split(sizes)
+        return BatchIndex(
+            key=step.key,
+            samples=samples,
+            slots=slots,
+            query_lens=query_lens,
+            query_lens_list=lens.tolist(),
+            token_slots=token_slots,
+            token_offsets=token_offsets,
+            all_sample=len(rows) == len(offsets),
+            rows=rows_device,
+            logits_rows=logits_rows,
+            sampling_slots=sampling_device,
+            host_sampling_slots=sampling_slots,
+            num_prompt=self._states.integers[:, NUM_PROMPT].index_select(0, sampling_device),
+            sampling=self._sampling(sampling_slots, sampling_device),
+        )
+
+    def _sampling(self, slots: Ids, slots_device: torch.Tensor) -> SamplingTensors:
+        floats = self._states.floats.index_select(0, slots_device)
+        integers = self._states.integers.index_select(0, slots_device)
+        host_floats, host_integers = self._states.host_floats[slots], self._states.host_integers[slots]
+        plain, filtered = split_rows(
+            host_floats[:, TEMPERATURE].tolist(),
+            host_integers[:, TOP_K].tolist(),
+            host_floats[:, TOP_P].tolist(),
+            host_floats[:, MIN_P].tolist(),
+        )
+        return SamplingTensors(
+            temperature=floats[:, TEMPERATURE].to(torch.float32),
+            top_k=integers[:, TOP_K],
+            top_p=floats[:, TOP_P],
+            min_p=floats[:, MIN_P].to(torch.float32),
+            seed=integers[:, SEED],
+            sample_index=integers[:, SAMPLE_INDEX],
+            position=integers[:, SAMPLE_INDEX],
+            plain_rows=self._rows(plain),
+            filtered_rows=self._rows(filtered),
+        )
+
+    def _rows(self, rows: list[int]) -> torch.Tensor | None:
+        return upload(np.array(rows, np.int64), self._states.device) if rows else None
+
+    def _constraints(self, index: BatchIndex, seq_lens: Ids) -> list[Constraint]:
+        """Forbids the stop set where the answer is shorter than min_tokens; made anew only for other rows."""
+        slots, host = index.host_sampling_slots, self._states.host_integers
+        too_short = seq_lens[index.samples] - host[slots, NUM_PROMPT] < host[slots, MIN_TOKENS]
+        if not too_short.any():
+            return []
+        key = too_short.tobytes()
+        if self._min_tokens[0] != key:
+            stops = [
+                (row, self._states.stop_token_ids[slots[row]].tolist()) for row in np.flatnonzero(too_short).tolist()
+            ]
+            self._min_tokens = (key, [MinTokens(stops, self._num_columns, self._states.device)])
+        return self._min_tokens[1]

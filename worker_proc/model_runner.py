@@ -1,0 +1,87 @@
+"""One step in, its tokens out. `ModelRunner.execute` is the whole order of a step; all else is a leaf that it names."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from folovllm.common.messages.core_worker import ModelRunnerOutput, SchedulerOutput
+from folovllm.worker_proc.attention.backend import AttentionBackend
+from folovllm.worker_proc.host_to_device import Download, upload
+from folovllm.worker_proc.input_batch import InputBatchBuilder
+from folovllm.worker_proc.kv_tensors import KVTensors
+from folovllm.worker_proc.models.registry import CausalLM
+from folovllm.worker_proc.request_states import RequestStates
+from folovllm.worker_proc.sample.constraints import apply_constraints
+from folovllm.worker_proc.sample.sampler import sample
+from folovllm.worker_proc.step_arrays import StepArrays
+
+
+class StepResult:
+    """A step's tokens on their way to the host."""
+
+    def __init__(self, step_id: int, token_ids: Download | None, without_token: Download | None) -> None:
+        self.step_id = step_id
+        self._token_ids = token_ids
+        self._without_token = without_token
+
+    def wait(self) -> ModelRunnerOutput:
+        """The result, once the device has it."""
+        if self._token_ids is None:
+            return ModelRunnerOutput(self.step_id)
+        tokens = _int32_bytes(self._token_ids.wait())
+        if self._without_token is None:
+            return ModelRunnerOutput(self.step_id, tokens)
+        return ModelRunnerOutput(self.step_id, tokens, _int32_bytes(np.flatnonzero(self._without_token.wait())))
+
+
+class ModelRunner:
+    """Holds the model, the KV cache and the persistent rows.
+
+    Steps are executed in the order they come; nothing here waits for the device. A step that is refused changes
+    nothing. One that fails later counts as computed, its tokens being void, so that a step which was sent before the
+    failure was known finds the counts that it was made for.
+    """
+
+    def __init__(
+        self, model: CausalLM, backend: AttentionBackend, kv: KVTensors, states: RequestStates, num_valid_token_ids: int
+    ) -> None:
+        """`num_valid_token_ids`: only ids below this are ever sampled; the logits may have more columns."""
+        self._model = model
+        self._backend = backend
+        self._kv = kv
+        self._states = states
+        self._num_valid_token_ids = num_valid_token_ids
+        self._input_batch = InputBatchBuilder(states, num_valid_token_ids)
+
+    @torch.inference_mode()
+    def execute(self, step: SchedulerOutput) -> StepResult:
+        """Computes one step; its result is still on the device.
+
+        Raises:
+            ProtocolError: the step does not fit what the worker knows; nothing is changed.
+        """
+        arrays = self._states.apply(step)
+        self._copy_blocks(arrays)
+        batch = self._input_batch.build(arrays)
+        index = batch.index
+        self._states.advance(arrays, index.slots, index.query_lens, index.host_sampling_slots)
+        attention = self._backend.begin_step(self._kv, batch.metadata)
+        hidden = self._model.forward(batch.input_ids, batch.positions, attention)
+        if batch.num_sampling == 0:
+            return StepResult(step.step_id, None, None)
+        logits = self._model.compute_logits(batch.sampling_rows(hidden))[:, : self._num_valid_token_ids]
+        without_token = apply_constraints(logits, batch.constraints)
+        token_ids = sample(logits, batch.sampling)
+        self._states.record(index.sampling_slots, batch.next_positions, token_ids)
+        return StepResult(step.step_id, Download(token_ids), None if without_token is None else Download(without_token))
+
+    def _copy_blocks(self, arrays: StepArrays) -> None:
+        if len(arrays.copy_sources):
+            device = self._states.device
+            self._kv.copy_blocks(upload(arrays.copy_sources, device), upload(arrays.copy_destinations, device))
+
+
+def _int32_bytes(values: npt.NDArray[Any]) -> bytes:
+    return values.astype("<i4").tobytes()

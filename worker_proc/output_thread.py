@@ -1,0 +1,71 @@
+"""The worker's second thread: waits for a step's tokens to reach the host and sends them, in the order of the steps.
+
+It has a connection of its own, named as the worker's with "/out" behind, since a ZeroMQ socket belongs to one thread.
+"""
+
+import queue
+import threading
+from typing import Protocol
+
+import zmq
+
+from folovllm.common.log import get_logger
+from folovllm.common.messages.core_worker import ModelRunnerOutput
+from folovllm.common.transport import connect, encode, new_socket
+
+_LINGER_MS = 500
+_MAX_LOGGED_BYTES = 200
+
+logger = get_logger(__name__)
+
+
+class PendingOutput(Protocol):
+    """A step's result that the device may still be computing."""
+
+    step_id: int
+
+    def wait(self) -> ModelRunnerOutput:
+        """The result, once it is there. Called in the output thread; raises whatever went wrong on the device."""
+        ...
+
+
+class OutputThread:
+    """Made, fed and closed by the main thread."""
+
+    def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", endpoint: str, name: str) -> None:
+        self._queue: queue.SimpleQueue[PendingOutput | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(
+            target=self._run, args=(context, endpoint, f"{name}/out"), name="output", daemon=True
+        )
+        self._thread.start()
+
+    def send(self, output: PendingOutput) -> None:
+        """Queues a step's result; returns at once."""
+        self._queue.put(output)
+
+    def close(self, bound_s: float) -> bool:
+        """Sends what is queued and ends the thread; False if it is still busy after `bound_s` seconds."""
+        self._queue.put(None)
+        self._thread.join(bound_s)
+        return not self._thread.is_alive()
+
+    def _run(self, context: "zmq.Context[zmq.Socket[bytes]]", endpoint: str, identity: str) -> None:
+        socket = new_socket(context, zmq.DEALER)
+        socket.setsockopt_string(zmq.IDENTITY, identity)
+        connect(socket, endpoint)
+        try:
+            while (output := self._queue.get()) is not None:
+                socket.send(encode(_wait(output)))
+                while socket.poll(0):
+                    reply = socket.recv()
+                    logger.warning("the core answered a result with %r", reply[:_MAX_LOGGED_BYTES])
+        finally:
+            socket.close(_LINGER_MS)
+
+
+def _wait(output: PendingOutput) -> ModelRunnerOutput:
+    try:
+        return output.wait()
+    except Exception as error:
+        logger.exception("step %d failed on the device", output.step_id)
+        return ModelRunnerOutput(output.step_id, error=f"{type(error).__name__}: {error}")

@@ -1,0 +1,132 @@
+"""What lives on the device from step to step: one row per slot, changed only where a step says that something changed.
+
+Tokens stay here: a sampled token is written to its row and gathered from it as the next input, so a step can be given
+before the token of the one before is known to anybody else. Counts are kept on the host too (`counts`): they follow
+from the steps alone, whatever is sampled.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from folovllm.common.messages.core_worker import SchedulerOutput
+from folovllm.worker_proc.host_to_device import upload
+from folovllm.worker_proc.step_arrays import BlockEntries, Ids, NewRow, SlotCounts, StepArrays, StepLimits, read_step
+
+# Columns of `floats` and `integers`.
+TEMPERATURE, TOP_P, MIN_P = range(3)
+TOP_K, SEED, SAMPLE_INDEX, NUM_PROMPT, MIN_TOKENS = range(5)
+
+
+class RequestStates:
+    """The persistent rows. All tensors are on `device` and indexed by slot first.
+
+    Attributes:
+        limits: sizes that steps must keep to.
+        counts: known, computed tokens and blocks of each slot, on the host.
+        token_ids: int32 [num_slots, max_model_len]; the prompt and the output.
+        num_computed: int64 [num_slots]; `counts.num_computed` on the device.
+        block_table: int64 [num_slots, max_blocks]; 0 past a slot's last block.
+        floats: float64 [num_slots, 3]; temperature, top_p, min_p.
+        integers: int64 [num_slots, 5]; top_k, seed (its 64 bits), sample_index, prompt length, min_tokens.
+        host_floats, host_integers: the same on the host, to choose shapes and shortcuts by.
+        stop_token_ids: on the host, each slot's stop set.
+    """
+
+    def __init__(self, limits: StepLimits, device: torch.device) -> None:
+        slots = limits.num_slots
+        self.limits = limits
+        self.device = device
+        self.counts = SlotCounts.empty(slots)
+        self.token_ids = torch.zeros(slots, limits.max_model_len, dtype=torch.int32, device=device)
+        self.num_computed = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.block_table = torch.zeros(slots, limits.max_blocks, dtype=torch.int64, device=device)
+        self.floats = torch.zeros(slots, 3, dtype=torch.float64, device=device)
+        self.integers = torch.zeros(slots, 5, dtype=torch.int64, device=device)
+        self.host_floats = np.zeros((slots, 3), np.float64)
+        self.host_integers = np.zeros((slots, 5), np.int64)
+        self.stop_token_ids: list[Ids] = [np.zeros(0, np.int64)] * slots
+
+    def num_bytes(self) -> int:
+        """Bytes on the device."""
+        tensors = (self.token_ids, self.num_computed, self.block_table, self.floats, self.integers)
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def apply(self, step: SchedulerOutput) -> StepArrays:
+        """Checks the step and brings the rows up to date with it: new requests, then appended and replaced blocks.
+
+        Raises:
+            ProtocolError: the step does not fit; nothing is changed then.
+        """
+        arrays = read_step(step, self.counts, self.limits)
+        self.counts = arrays.counts
+        if arrays.new_rows:
+            self._fill(arrays.new_rows)
+        if len(arrays.entries.slots):
+            self._put(self.block_table, *_last_of_each(arrays.entries))
+        return arrays
+
+    def advance(self, arrays: StepArrays, slots: torch.Tensor, query_lens: torch.Tensor, samples: Ids) -> None:
+        """Counts the step as computed. `slots`, `query_lens` are on the device; `samples` are the slots that sample."""
+        self.counts.num_computed[arrays.slots] += arrays.query_lens
+        self.counts.num_tokens[samples] += 1
+        self.num_computed.index_add_(0, slots, query_lens)
+
+    def record(self, slots: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor) -> None:
+        """Writes sampled tokens [S] to `positions` of their `slots`: they are the next inputs."""
+        flat = slots * self.limits.max_model_len + positions
+        self.token_ids.view(-1).index_copy_(0, flat, token_ids.to(torch.int32))
+
+    def forget_all(self) -> None:
+        """Empties every slot: only a new request makes one usable again."""
+        self.counts = SlotCounts.empty(self.limits.num_slots)
+
+    def _fill(self, rows: Sequence[NewRow]) -> None:
+        """Overwrites the slots of new requests, all of them in a few operations."""
+        slots = np.array([row.slot for row in rows], np.int64)
+        self._put(self.token_ids, *_ragged(slots, [row.token_ids for row in rows]))
+        device_slots = upload(slots, self.device)
+        self.block_table.index_fill_(0, device_slots, 0)
+        self._put(self.block_table, *_ragged(slots, [row.block_ids for row in rows]))
+        for row in rows:
+            self._fill_host(row)
+        computed = np.array([row.num_computed_tokens for row in rows], np.int64)
+        self.num_computed.index_copy_(0, device_slots, upload(computed, self.device))
+        self.floats.index_copy_(0, device_slots, upload(self.host_floats[slots], self.device))
+        self.integers.index_copy_(0, device_slots, upload(self.host_integers[slots], self.device))
+
+    def _fill_host(self, row: NewRow) -> None:
+        sampling = row.sampling
+        seed = np.array(sampling.seed & (2**64 - 1), np.uint64).astype(np.int64)  # the same 64 bits, signed
+        self.host_floats[row.slot] = (sampling.temperature, sampling.top_p, sampling.min_p)
+        self.host_integers[row.slot] = (
+            sampling.top_k,
+            seed,
+            sampling.sample_index,
+            row.num_prompt_tokens,
+            sampling.min_tokens,
+        )
+        self.stop_token_ids[row.slot] = row.stop_token_ids
+
+    def _put(self, table: torch.Tensor, slots: Ids, columns: Ids, values: Ids) -> None:
+        """table[slots[i], columns[i]] = values[i]; no place may occur twice."""
+        packed = upload(np.stack([slots * table.shape[1] + columns, values]), self.device)
+        table.view(-1).index_copy_(0, packed[0], packed[1].to(table.dtype))
+
+
+def _ragged(slots: Ids, values: Sequence[Ids]) -> tuple[Ids, Ids, Ids]:
+    """Slots, columns and values of rows of different lengths, each beginning at column 0."""
+    lengths = [len(row) for row in values]
+    columns = np.concatenate([np.arange(length) for length in lengths])
+    return np.repeat(slots, lengths), columns, np.concatenate(values)
+
+
+def _last_of_each(entries: BlockEntries) -> tuple[Ids, Ids, Ids]:
+    """Entries without those that a later one overwrites: index_copy_ defines no order for repeated places."""
+    places = zip(entries.slots.tolist(), entries.columns.tolist(), strict=True)
+    last = {place: index for index, place in enumerate(places)}
+    if len(last) == len(entries.slots):
+        return entries.slots, entries.columns, entries.block_ids
+    kept = np.array(list(last.values()), np.int64)
+    return entries.slots[kept], entries.columns[kept], entries.block_ids[kept]

@@ -1,0 +1,175 @@
+"""From a configuration to a ModelRunner that has served: device, weights, KV cache, warm-up.
+
+Warm-up and, on a GPU, the measurement of memory go through `ModelRunner.execute` itself, with steps such as the core
+sends.
+"""
+
+import pathlib
+from collections.abc import Callable
+
+import torch
+
+from folovllm.common.log import get_logger
+from folovllm.common.messages.lifecycle import ConfigureWorker, MemoryUse, WorkerReady
+from folovllm.common.model_config import ModelConfig, read_model_config
+from folovllm.worker_proc.attention.backend import AttentionBackend
+from folovllm.worker_proc.attention.paged import PagedBackend
+from folovllm.worker_proc.attention.torch_naive import TorchNaiveBackend
+from folovllm.worker_proc.device import (
+    Placement,
+    available_memory,
+    choose_device,
+    describe_device,
+    dtype_name,
+    resolve_dtype,
+    set_threads,
+)
+from folovllm.worker_proc.kv_size import check_fits, decide_num_blocks
+from folovllm.worker_proc.kv_tensors import KVTensors, bytes_per_block
+from folovllm.worker_proc.model_runner import ModelRunner
+from folovllm.worker_proc.models.registry import CausalLM, build_model
+from folovllm.worker_proc.phases import Phases
+from folovllm.worker_proc.rehearsal import Rehearsal, rehearsal_steps
+from folovllm.worker_proc.request_states import RequestStates
+from folovllm.worker_proc.step_arrays import StepLimits
+from folovllm.worker_proc.weights import checkpoint_dtype, fill_dummy_weights, load_weights
+
+_WARM_UP = Rehearsal(num_requests=2, prompt_len=16, num_decodes=2)
+
+logger = get_logger(__name__)
+
+
+class Startup:
+    """Builds one runner. `check_stop` is called between the parts and raises if the process is to end."""
+
+    def __init__(self, configure: ConfigureWorker, phases: Phases, check_stop: Callable[[], None]) -> None:
+        self._config = configure.config
+        self._max_model_len = configure.max_model_len
+        self._phases = phases
+        self._check_stop = check_stop
+        self._folder = pathlib.Path(configure.config.model)
+
+    @torch.inference_mode()
+    def run(self) -> tuple[ModelRunner, WorkerReady]:
+        """The runner, ready to serve, and the report for the core.
+
+        Raises:
+            ConfigError: an option asks for what this machine does not have, or memory is too little.
+            ModelError: the model's folder cannot be used.
+        """
+        config = self._config
+        with self._phases.measure("choose device, read config"):
+            model_config = read_model_config(self._folder)
+            placement = self._place(model_config)
+            backend = choose_backend(config.attention_backend, model_config, placement.device)
+        with self._phases.measure("load weights"):
+            model, weight_bytes = self._load(model_config, placement)
+        self._check_stop()
+        activations = 0
+        if placement.device.type == "cuda":
+            with self._phases.measure("measure peak memory"):
+                activations = self._measure_activations(model_config, placement, model, backend)
+            self._check_stop()
+        with self._phases.measure("allocate KV cache"):
+            num_blocks = self._num_blocks(model_config, placement, activations)
+            kv = KVTensors(model_config, num_blocks, config.block_size, placement)
+            states = RequestStates(self._limits(model_config, num_blocks), placement.device)
+            runner = ModelRunner(model, backend, kv, states, self._num_valid_token_ids(model_config))
+        self._check_stop()
+        with self._phases.measure("warm up"):
+            rehearse(runner, states, kv, _WARM_UP)
+        memory = [
+            MemoryUse("weights", weight_bytes),
+            MemoryUse("KV cache", kv.data.nbytes),
+            MemoryUse("requests' tokens and block tables", states.num_bytes()),
+        ]
+        if activations:
+            memory.append(MemoryUse("peak activations", activations))
+        device, dtype = describe_device(placement.device), dtype_name(placement.dtype)
+        return runner, WorkerReady(num_blocks, device, dtype, backend.name, self._phases.rows, memory)
+
+    def _place(self, model_config: ModelConfig) -> Placement:
+        set_threads(self._config.cpu_threads)
+        torch.set_num_interop_threads(1)
+        stored = model_config.dtype
+        if stored is None and self._config.load_format == "auto":
+            stored = checkpoint_dtype(self._folder)
+        return Placement(choose_device(self._config.device), resolve_dtype(self._config.dtype, stored))
+
+    def _load(self, model_config: ModelConfig, placement: Placement) -> tuple[CausalLM, int]:
+        """The model with its weights, and their bytes."""
+        model = build_model(model_config, placement, self._max_model_len)
+        weight_bytes = sum(tensor.nbytes for _, tensor in model.checkpoint_tensors())
+        if self._config.load_format == "dummy":
+            fill_dummy_weights(model, self._config.seed)
+        else:
+            load_weights(model, self._folder)
+        return model, weight_bytes
+
+    def _num_valid_token_ids(self, model_config: ModelConfig) -> int:
+        known = self._config.num_valid_token_ids
+        return model_config.vocab_size if known is None else min(known, model_config.vocab_size)
+
+    def _limits(self, model_config: ModelConfig, num_blocks: int) -> StepLimits:
+        config = self._config
+        return StepLimits(
+            num_slots=config.max_num_seqs,
+            max_model_len=self._max_model_len,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            vocab_size=model_config.vocab_size,
+        )
+
+    def _num_blocks(self, model_config: ModelConfig, placement: Placement, activations: int) -> int:
+        config, device = self._config, placement.device
+        per_block = bytes_per_block(model_config, placement.dtype, config.block_size)
+        available = available_memory(device)
+        blocks_of_one = -(-self._max_model_len // config.block_size)
+        if device.type == "cpu":
+            usable = int(available * config.gpu_memory_utilization)
+        else:
+            total = torch.cuda.get_device_properties(device).total_memory
+            usable = int(total * config.gpu_memory_utilization) - (total - available) - activations
+            # The paged backend copies one layer's keys and values of a step's requests, padded to twice at worst.
+            usable = int(usable / (1 + 2 / model_config.num_hidden_layers))
+        num_blocks = decide_num_blocks(config, per_block, blocks_of_one, usable, is_cpu=device.type == "cpu")
+        check_fits(num_blocks * per_block, available - activations)
+        return num_blocks
+
+    def _measure_activations(
+        self, model_config: ModelConfig, placement: Placement, model: CausalLM, backend: AttentionBackend
+    ) -> int:
+        """Bytes that the largest steps take beyond weights and KV cache."""
+        config, device = self._config, placement.device
+        kv = KVTensors(model_config, 2, config.block_size, placement)
+        states = RequestStates(self._limits(model_config, 2), device)
+        runner = ModelRunner(model, backend, kv, states, self._num_valid_token_ids(model_config))
+        budget = config.max_num_batched_tokens
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        rehearse(runner, states, kv, Rehearsal(1, budget, 1))
+        rehearse(runner, states, kv, Rehearsal(config.max_num_seqs, budget // config.max_num_seqs, 1))
+        peak = torch.cuda.max_memory_allocated(device) - before
+        del runner, states, kv
+        torch.cuda.empty_cache()
+        return peak
+
+
+def choose_backend(name: str, model_config: ModelConfig, device: torch.device) -> AttentionBackend:
+    """The attention backend of that name; "auto" takes the fastest there is."""
+    if name == "torch_naive":
+        return TorchNaiveBackend()
+    if name == "auto":
+        logger.info("attention backend: paged, the fastest there is on %s", device.type)
+    return PagedBackend(model_config.num_attention_heads)
+
+
+@torch.inference_mode()
+def rehearse(runner: ModelRunner, states: RequestStates, kv: KVTensors, rehearsal: Rehearsal) -> None:
+    """Executes the steps of `rehearsal` as the loop does, then leaves rows and cache as if nothing had been."""
+    for step in rehearsal_steps(states.limits, rehearsal):
+        runner.execute(step).wait()
+    states.forget_all()
+    kv.data[:, :, :, 1].zero_()
