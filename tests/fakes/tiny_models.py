@@ -103,8 +103,8 @@ def edit_config(folder: pathlib.Path, remove: tuple[str, ...] = (), **changes: A
     path.write_text(json.dumps({name: value for name, value in fields.items() if name not in remove}))
 
 
-def edit_tensors(folder: pathlib.Path, remove: tuple[str, ...] = (), **changes: torch.Tensor) -> None:
-    """Changes tensors of `folder`/model.safetensors; dots in names are written as they are (use `**{"a.b": t}`)."""
+def edit_tensors(folder: pathlib.Path, changes: dict[str, torch.Tensor], remove: tuple[str, ...] = ()) -> None:
+    """Changes, adds and removes tensors of `folder`/model.safetensors."""
     path = folder / "model.safetensors"
     tensors = safetensors.torch.load_file(path) | changes
     kept = {name: tensor for name, tensor in tensors.items() if name not in remove}

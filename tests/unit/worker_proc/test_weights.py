@@ -54,7 +54,7 @@ def test_L38_missing_shard_is_named(tmp_path: pathlib.Path) -> None:
 def test_L38_spare_head_of_a_tied_model_does_not_count(tmp_path: pathlib.Path) -> None:
     make_model(tmp_path, "llama", tie_word_embeddings=True)
     expected = reference(tmp_path)
-    edit_tensors(tmp_path, **{"lm_head.weight": torch.zeros(VOCAB_SIZE, 64)})
+    edit_tensors(tmp_path, {"lm_head.weight": torch.zeros(VOCAB_SIZE, 64)})
     assert close(logits_of(load(tmp_path), tmp_path), expected)
 
 
@@ -67,14 +67,14 @@ def test_L38_untied_head_differs_from_the_embedding(tmp_path: pathlib.Path) -> N
 
 def test_L38_untied_model_without_head_is_refused(tmp_path: pathlib.Path) -> None:
     make_model(tmp_path, "llama", tie_word_embeddings=False)
-    edit_tensors(tmp_path, remove=("lm_head.weight",))
+    edit_tensors(tmp_path, {}, remove=("lm_head.weight",))
     with pytest.raises(ModelError, match=r"tensor 'lm_head.weight' is missing from the checkpoint"):
         load(tmp_path)
 
 
 def test_L38_tensor_too_many_is_named(tmp_path: pathlib.Path) -> None:
     make_model(tmp_path, "llama")
-    edit_tensors(tmp_path, **{"model.layers.0.self_attn.q_norm.weight": torch.ones(16)})
+    edit_tensors(tmp_path, {"model.layers.0.self_attn.q_norm.weight": torch.ones(16)})
     with pytest.raises(ModelError, match=r"model.safetensors: tensor 'model.layers.0.self_attn.q_norm.weight' is not"):
         load(tmp_path)
 
@@ -92,7 +92,7 @@ def test_a_layer_too_many_and_a_layer_too_few(tmp_path: pathlib.Path) -> None:
 def test_inverse_frequencies_of_old_checkpoints_are_passed_over(tmp_path: pathlib.Path) -> None:
     make_model(tmp_path, "llama")
     expected = reference(tmp_path)
-    edit_tensors(tmp_path, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)})
+    edit_tensors(tmp_path, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)})
     assert close(logits_of(load(tmp_path), tmp_path), expected)
 
 
@@ -105,7 +105,7 @@ def test_inverse_frequencies_of_old_checkpoints_are_passed_over(tmp_path: pathli
 )
 def test_wrong_shape_or_type_is_named(tmp_path: pathlib.Path, tensor: torch.Tensor, message: str) -> None:
     make_model(tmp_path, "llama")
-    edit_tensors(tmp_path, **{"model.norm.weight": tensor})
+    edit_tensors(tmp_path, {"model.norm.weight": tensor})
     with pytest.raises(ModelError, match=message):
         load(tmp_path)
 

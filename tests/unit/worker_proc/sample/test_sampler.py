@@ -23,7 +23,12 @@ class Row(NamedTuple):
 
 def tensors(rows: list[Row]) -> SamplingTensors:
     columns = list(zip(*rows, strict=True))
-    plain, filtered = split_rows(*([float(value) for value in column] for column in columns[:1]), *columns[1:4])
+    plain, filtered = split_rows(
+        [row.temperature for row in rows],
+        [row.top_k for row in rows],
+        [row.top_p for row in rows],
+        [row.min_p for row in rows],
+    )
     return SamplingTensors(
         temperature=torch.tensor(columns[0], dtype=torch.float32),
         top_k=torch.tensor(columns[1], dtype=torch.int64),
@@ -48,7 +53,8 @@ def kept_by_reference(weights: list[float], row: Row) -> list[int]:
     if row.top_k:
         order = order[: row.top_k]
     mass = math.fsum(weights[token] for token in order)
-    nucleus, before = [], 0.0
+    nucleus: list[int] = []
+    before = 0.0
     for token in order:
         if row.top_p < 1.0 and nucleus and before >= row.top_p * mass:
             break
