@@ -208,7 +208,7 @@ class Decoder(Generic[T]):
     def decode(self, frame: bytes) -> T:
         try:
             return self._decoder.decode(frame)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:  # msgspec lets the second one through
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:  # msgspec lets the second one out
             raise ProtocolError(f"frame of {len(frame)} bytes is no valid message: {error}") from error
 
 
