@@ -167,9 +167,9 @@ class RequestState:
         if self.metrics.first_scheduled_time is None:
             self.metrics.first_scheduled_time = arrival + ended.queue_s
         if ended.token_ids:
-            self.count_tokens(len(ended.token_ids) // 4, now)
             first = arrival + ended.first_token_s
             self.metrics.first_token_time = min(first, self.metrics.first_token_time or first)
+            self.count_tokens(len(ended.token_ids) // 4, now)
         self.metrics.num_preemptions += ended.num_preemptions
         self._num_cached_tokens = max(self._num_cached_tokens or 0, ended.num_cached_tokens)
 

@@ -92,6 +92,7 @@ class FakeCore:
         self._decoder: Decoder[FrontendToCore] = Decoder(FrontendToCore)
         self._frontends: set[bytes] = set()
         self._stop = threading.Event()
+        self._raw: list[bytes] = []
         self._failure = ""
         self._thread = threading.Thread(target=self._run, name="fake-core")
 
@@ -109,6 +110,10 @@ class FakeCore:
         """Tells all frontends that the engine ends."""
         self._failure = message
 
+    def send_raw(self, frame: bytes) -> None:
+        """Sends any bytes to all frontends."""
+        self._raw.append(frame)
+
     def wait_until(self, condition: Callable[[], bool], timeout_s: float = 10.0) -> bool:
         """Waits, bounded, until a condition on this core's state holds."""
         with self.changed:
@@ -120,6 +125,10 @@ class FakeCore:
             while self._socket.poll(0 if busy else 5):
                 self._receive()
                 busy = True
+            while self._raw:
+                frame = self._raw.pop(0)
+                for identity in self._frontends:
+                    self._socket.send_multipart([identity, frame])
             if self._failure:
                 self._broadcast(EngineFailed(self._failure))
                 self._failure = ""

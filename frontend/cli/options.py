@@ -1,0 +1,151 @@
+"""Options that several commands share, in groups, and help pages that show them so.
+
+The engine's options are made from one table; a test compares it with `EngineOptions`, so none can be forgotten.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import click
+
+if TYPE_CHECKING:
+    from folovllm.common.sampling_params import SamplingParams
+    from folovllm.frontend.engine_options import EngineOptions
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_OTHER = "Other options"
+
+
+class GroupedOption(click.Option):
+    """An option that the help page shows under the heading `group`."""
+
+    def __init__(self, *args: Any, group: str = _OTHER, **attributes: Any) -> None:
+        super().__init__(*args, **attributes)
+        self.group = group
+
+
+class GroupedCommand(click.Command):
+    """A command whose help page has its options in groups and its examples at the end."""
+
+    def __init__(self, *args: Any, examples: Sequence[str] = (), **attributes: Any) -> None:
+        super().__init__(*args, **attributes)
+        self.examples = examples
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
+            if record is not None:
+                group = parameter.group if isinstance(parameter, GroupedOption) else _OTHER
+                groups.setdefault(group, []).append(record)
+        for group in sorted(groups, key=lambda name: name == _OTHER):
+            with formatter.section(group):
+                formatter.write_dl(groups[group])
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 - click's
+        if self.examples:
+            with formatter.section("Examples"):
+                for example in self.examples:
+                    formatter.write(f"{'':>{formatter.current_indent}}{example}\n")
+
+
+def option(group: str, *names: str, **attributes: Any) -> Callable[[Command], Command]:
+    """`click.option` under a heading of the help page."""
+    return click.option(*names, cls=GroupedOption, group=group, **attributes)
+
+
+_ENGINE = "Engine"
+_SAMPLING = "Sampling"
+_Spec = tuple[str, Any, str]
+
+ENGINE_OPTIONS: tuple[_Spec, ...] = (
+    ("dtype", click.Choice(["auto", "bfloat16", "float16", "float32"]), "Type of weights and KV cache [auto]."),
+    ("device", click.Choice(["auto", "cpu", "cuda"]), "Where the model runs [auto: CUDA where present]."),
+    ("load_format", click.Choice(["auto", "dummy"]), "'dummy': random weights from config.json alone [auto]."),
+    ("seed", int, "Seed for requests that bring none [0]."),
+    ("max_model_len", int, "Longest prompt + answer in tokens [the model's]."),
+    ("block_size", int, "Tokens in one KV block [16]."),
+    ("num_gpu_blocks_override", int, "Number of KV blocks [from memory]."),
+    ("gpu_memory_utilization", float, "Share of the device's memory that may be used [0.9]."),
+    ("kv_cache_memory_gb", float, "Size of the KV pool in GiB [from memory]."),
+    ("max_num_seqs", int, "Requests running at once [256]."),
+    ("max_num_batched_tokens", int, "Token budget of one step [2048]."),
+    ("scheduling_policy", click.Choice(["fcfs", "priority"]), "Order of the queue [fcfs]."),
+    ("pipeline_depth", click.IntRange(1, 2), "Steps in flight [2]."),
+    ("max_num_queued_reqs", int, "Bound on waiting requests [100000]."),
+    ("max_num_queued_tokens", int, "Bound on the prompt tokens of waiting requests [none]."),
+    ("attention_backend", click.Choice(["auto", "torch_naive", "paged"]), "Attention implementation [auto]."),
+    ("cpu_threads", int, "Threads of a worker on the CPU [physical cores]."),
+    ("log_level", click.Choice(["debug", "info", "warning", "error"]), "Log lines on stderr [warning]."),
+)
+
+SAMPLING_OPTIONS: tuple[_Spec, ...] = (
+    ("max_tokens", int, "Most tokens of an answer."),
+    ("min_tokens", int, "No stop before this many tokens [0]."),
+    ("temperature", float, "0 is greedy [the model's default]."),
+    ("top_k", int, "Keep the k most likely tokens; -1 keeps all [the model's default]."),
+    ("top_p", float, "Keep the most likely tokens up to this probability [the model's default]."),
+    ("min_p", float, "Drop tokens less likely than this share of the most likely [the model's default]."),
+)
+
+
+def engine_options(command: Command) -> Command:
+    """Adds the options of an engine of one's own."""
+    for name, kind, text in reversed(ENGINE_OPTIONS):
+        command = option(_ENGINE, _flag(name), name, type=kind, default=None, help=text)(command)
+    tokenizer = option(_ENGINE, "--tokenizer", default=None, help="Folder of the tokenizer [the model's].")
+    return tokenizer(command)
+
+
+def sampling_options(command: Command) -> Command:
+    """Adds the sampling parameters that every command has."""
+    lists = (
+        option(_SAMPLING, "--stop", multiple=True, help="String that ends the answer; may be given several times."),
+        option(_SAMPLING, "--stop-token-id", "stop_token_ids", type=int, multiple=True, help="The same, a token id."),
+        option(_SAMPLING, "--sampling-seed", type=int, default=None, help="The same seed gives the same answer."),
+        option(_SAMPLING, "--ignore-eos", is_flag=True, help="Go on past the model's end of sequence."),
+        option(_SAMPLING, "--include-stop-str-in-output", is_flag=True, help="Keep the stop string in the text."),
+        option(_SAMPLING, "--keep-special-tokens", is_flag=True, help="Show special tokens in the text."),
+    )
+    for add in reversed(lists):
+        command = add(command)
+    for name, kind, text in reversed(SAMPLING_OPTIONS):
+        command = option(_SAMPLING, _flag(name), name, type=kind, default=None, help=text)(command)
+    return command
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def taken_engine_options(given: Mapping[str, Any]) -> "EngineOptions":
+    """The engine's options among all that a command was given; only those that the user set."""
+    names = [name for name, _, _ in ENGINE_OPTIONS]
+    return cast("EngineOptions", {name: given[name] for name in names if given[name] is not None})
+
+
+def taken_sampling_params(given: Mapping[str, Any], *, n: int = 1, max_tokens: int | None = 16) -> "SamplingParams":
+    """The sampling parameters among all that a command was given.
+
+    Args:
+        given: the command's parameters.
+        n: number of answers.
+        max_tokens: the command's own default.
+
+    Raises:
+        RequestError: one is out of range.
+    """
+    from folovllm.common.sampling_params import SamplingParams
+
+    values = {name: given[name] for name, _, _ in SAMPLING_OPTIONS if given[name] is not None}
+    return SamplingParams(
+        **{"max_tokens": max_tokens, **values},
+        n=n,
+        seed=given["sampling_seed"],
+        stop=list(given["stop"]) or None,
+        stop_token_ids=list(given["stop_token_ids"]) or None,
+        ignore_eos=given["ignore_eos"],
+        include_stop_str_in_output=given["include_stop_str_in_output"],
+        skip_special_tokens=not given["keep_special_tokens"],
+    )
