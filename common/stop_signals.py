@@ -1,7 +1,7 @@
 """SIGTERM and SIGINT as something to poll, instead of something that interrupts."""
 
-import os
 import signal
+import socket
 from types import FrameType
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -9,22 +9,23 @@ _SHELL_SIGNAL_BASE = 128  # a shell reports a program that a signal ended as 128
 
 
 class StopSignals:
-    """From its making on, `fd` becomes readable when SIGTERM or SIGINT arrives; a second signal changes nothing.
+    """From its making on, `fd` becomes readable, and stays so, when SIGTERM or SIGINT arrives.
 
     Nothing is interrupted: a signal during imports shows no traceback, and one during clean-up does not cut it short.
     """
 
     def __init__(self) -> None:
-        self.fd, self._write = os.pipe()
-        os.set_blocking(self._write, False)
+        self._arrived, self._write = socket.socketpair()
+        self._write.setblocking(False)
+        self.fd = self._arrived.fileno()
         # The interpreter writes the number the moment a signal arrives, also just before a poll begins to block.
-        signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
         for number in _SIGNALS:
             signal.signal(number, _pass_over)
 
     def exit_code(self) -> int:
-        """The exit code that tells which signal came first; to be asked once `fd` is readable."""
-        return _SHELL_SIGNAL_BASE + os.read(self.fd, 1)[0]
+        """The exit code that tells which signal came first; waits for one. Any thread may ask, and ask again."""
+        return _SHELL_SIGNAL_BASE + self._arrived.recv(1, socket.MSG_PEEK)[0]
 
 
 def _pass_over(_number: int, _frame: FrameType | None) -> None:

@@ -85,7 +85,7 @@ class Executor:
                 elif isinstance(message, WorkerReady):
                     return message
                 elif isinstance(message, ModelRunnerOutput):
-                    self._refusals.refuse(identity, "no step was submitted yet")
+                    self._refuse(identity, "no step was submitted yet")
             if self._process.sentinel in sources:
                 self._raise_last_words()
                 raise EngineStartError(f"{self._process.exit_cause()} before it was ready")
@@ -104,7 +104,7 @@ class Executor:
             message = self._decode(identity, frame)
             if isinstance(message, ModelRunnerOutput):
                 if not self._in_flight or message.step_id != self._in_flight[0].step_id:
-                    self._refusals.refuse(identity, f"step {message.step_id} is not the one to be answered next")
+                    self._refuse(identity, f"step {message.step_id} is not the one to be answered next")
                     continue
                 step = self._in_flight.popleft()
                 yield message
@@ -112,12 +112,12 @@ class Executor:
                     self._in_flight.appendleft(step)
                     self._is_refused = False
             elif isinstance(message, Hello | WorkerReady):
-                self._refusals.refuse(identity, f"{type(message).__name__} comes once, at the start")
+                self._refuse(identity, f"{type(message).__name__} comes once, at the start")
 
     def refuse(self, reason: str) -> None:
         """The result that `collect` gave last cannot be the step's: the worker still owes one."""
         self._is_refused = True
-        self._refusals.refuse(_OUTPUT, reason)
+        self._refuse(_OUTPUT, reason)
 
     def check(self, sources: list[object], now_s: float) -> None:
         """Raises EngineDeadError if the worker has ended or has left a step unanswered for too long."""
@@ -132,29 +132,33 @@ class Executor:
         """Stops the worker: in order, after `grace_s` seconds by force."""
         self._process.stop(grace_s)
 
+    def _refuse(self, identity: bytes, reason: str) -> None:
+        """Tells the peer; the worker's output thread only sends, so its main thread is told instead."""
+        self._refusals.refuse(_INPUT if identity == _OUTPUT else identity, reason)
+
     def _greet(self, identity: bytes, hello: Hello, configure: ConfigureWorker) -> None:
         if hello.role != "worker" or hello.protocol != PROTOCOL_VERSION:
-            self._refusals.refuse(
+            self._refuse(
                 identity,
                 f"expected a worker that speaks protocol {PROTOCOL_VERSION}, got {hello.role!r}, {hello.protocol}",
             )
         elif identity != _INPUT:
-            self._refusals.refuse(identity, f"a worker's main connection has the identity {WORKER_NAME!r}")
+            self._refuse(identity, f"a worker's main connection has the identity {WORKER_NAME!r}")
         else:
             self._send(configure)
 
     def _decode(self, identity: bytes, frame: bytes | None) -> WorkerToCore | None:
         """The message, or None where it was refused or needs no more than a line in the log."""
         if identity not in (_INPUT, _OUTPUT):
-            self._refusals.refuse(identity, f"only {WORKER_NAME} is served here")
+            self._refuse(identity, f"only {WORKER_NAME} is served here")
             return None
         if frame is None:
-            self._refusals.refuse(identity, "a message is one frame")
+            self._refuse(identity, "a message is one frame")
             return None
         try:
             message = self._decoder.decode(frame)
         except ProtocolError as error:
-            self._refusals.refuse(identity, str(error))
+            self._refuse(identity, str(error))
             return None
         if isinstance(message, Failed):
             raise WorkerFailedError(message)

@@ -97,7 +97,8 @@ class FakeFrontend:
     def output(self, number: int) -> list[int]:
         """The whole output of a finished answer, whichever way it was reported."""
         self.wait_for(number)
-        return self.tokens[number] + np.frombuffer(self.finished[number].token_ids, "<i4").tolist()
+        at_the_end: list[int] = np.frombuffer(self.finished[number].token_ids, "<i4").tolist()
+        return self.tokens[number] + at_the_end
 
     def send(self, message: FrontendToCore) -> None:
         self.send_raw(encode(message))

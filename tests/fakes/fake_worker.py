@@ -12,6 +12,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Iterable
+from types import TracebackType
 
 import msgspec
 import numpy as np
@@ -27,6 +28,7 @@ from folovllm.common.messages.core_worker import (
 )
 from folovllm.common.messages.lifecycle import (
     PROTOCOL_VERSION,
+    BadFrame,
     ConfigureWorker,
     Failed,
     Hello,
@@ -38,6 +40,7 @@ from folovllm.common.transport import Decoder, connect, encode, new_socket
 
 SCRIPT_NAME = "fake_worker.json"
 VOCAB_SIZE = 1000
+_BOUND_MS = 30_000
 
 
 class Script(msgspec.Struct, frozen=True):
@@ -238,6 +241,47 @@ class FakeWorker:
                     os._exit(int(frames[0]))
                 senders[whose].send_multipart(frames)
         return 0
+
+
+class WorkerControl:
+    """A test's end of the relay: what the core sends to the worker comes here, and the test answers."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = self._context.socket(zmq.PAIR)
+        self.endpoint = f"ipc://{folder}/control"
+        self._socket.bind(self.endpoint)
+        self._decoder: Decoder[CoreToWorker] = Decoder(CoreToWorker)
+        self.bad_frames: list[str] = []
+
+    def __enter__(self) -> "WorkerControl":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._context.destroy(0)
+
+    def next_step(self) -> SchedulerOutput:
+        """The next step; refusals that come before it are kept in `bad_frames`."""
+        while True:
+            message = self.receive()
+            if isinstance(message, SchedulerOutput):
+                return message
+
+    def receive(self) -> CoreToWorker:
+        assert self._socket.poll(_BOUND_MS), "the core sends nothing to its worker"
+        message = self._decoder.decode(self._socket.recv())
+        if isinstance(message, BadFrame):
+            self.bad_frames.append(message.reason)
+        return message
+
+    def answer(self, output: ModelRunnerOutput) -> None:
+        self.send_raw(b"out", encode(output))
+
+    def send_raw(self, whose: bytes, *frames: bytes) -> None:
+        """Sends frames as the worker's `main` or `out` connection; `exit` ends its process with a code."""
+        self._socket.send_multipart([whose, *frames])
 
 
 def _ready(num_blocks: int) -> WorkerReady:
