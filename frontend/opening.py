@@ -120,9 +120,8 @@ def start_engine(
     try:
         with watch.phase("load tokenizer"):
             loaded = load_tokenizer(folder, tokenizer, optional=config.load_format == "dummy")
-        with watch.phase("wait for core and worker"):
-            config = _with_id_bound(config, loaded, num_columns)
-            ready = process.wait_ready(config, listen=listen, started_at=watch.began)
+        config = _with_id_bound(config, loaded, num_columns)
+        ready = process.wait_ready(config, listen=listen, started_at=watch.began)
     except BaseException:
         process.stop()
         raise

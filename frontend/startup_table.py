@@ -81,4 +81,19 @@ class Stopwatch:
 
     def report(self, child_phases: Sequence[PhaseTime], memory: Sequence[MemoryUse]) -> StartupReport:
         """The report of a start that has just ended."""
-        return StartupReport([*self.phases, *child_phases], list(memory), self.elapsed())
+        return StartupReport(with_python_starts([*self.phases, *child_phases]), list(memory), self.elapsed())
+
+
+def with_python_starts(phases: Sequence[PhaseTime]) -> list[PhaseTime]:
+    """Adds what no process can measure of itself: the time from its creation to its first own reading of the clock.
+
+    A child is created in the last phase (of its parent) that ended before the child's first one began.
+    """
+    added = []
+    for process in dict.fromkeys(phase.process for phase in phases if phase.process != "frontend"):
+        first = min(phase.start_s for phase in phases if phase.process == process)
+        ends = [phase.start_s + phase.seconds for phase in phases if phase.process != process]
+        created = max((end for end in ends if end <= first), default=first)
+        if created < first:
+            added.append(PhaseTime(process, "start Python", created, first - created))
+    return [*phases, *added]

@@ -242,7 +242,13 @@ def main() -> None:
     connect(launch, arguments.connect)
     launch.send(encode(Hello("core", PROTOCOL_VERSION, os.getpid(), arguments.name)))
     decoder: Decoder[ParentToCore] = Decoder(ParentToCore)
+    poller = zmq.Poller()
+    poller.register(watch.fd, zmq.POLLIN)
+    poller.register(launch, zmq.POLLIN)
+    if any(ready == watch.fd for ready, _ in poller.poll()):
+        return
     configuration = decoder.decode(launch.recv())
+    poller.unregister(launch)
     assert isinstance(configuration, ConfigureCore)
     kind = pathlib.Path(configuration.config.model).name.partition("-")[0]
     if kind == "exit":
@@ -254,8 +260,6 @@ def main() -> None:
         launch.close(linger=2000)
         context.term()
         return
-    poller = zmq.Poller()
-    poller.register(watch.fd, zmq.POLLIN)
     if kind != "hang":
         endpoint = configuration.listen or f"ipc://{configuration.runtime_dir}/frontends"
         with FakeCore(endpoint, model=configuration.config.model) as core:
