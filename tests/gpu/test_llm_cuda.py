@@ -1,0 +1,69 @@
+"""The same three processes with the worker on a CUDA device, held to transformers."""
+
+import pathlib
+
+import pytest
+import torch
+import transformers
+
+from folovllm import LLM, SamplingParams
+from tests.fakes.oracle import GreedyOracle, random_prompts
+from tests.fakes.tiny_models import FAMILIES, VOCAB_SIZE, make_model
+
+pytestmark = pytest.mark.gpu
+
+NUM_TOKENS = 32
+GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
+LENGTHS = [1, 2, 15, 16, 17, 31, 33, 64, 90]
+
+
+def answers(llm: LLM, prompts: list[list[int]], params: SamplingParams = GREEDY) -> list[list[int]]:
+    return [list(output.outputs[0].token_ids) for output in llm.generate(prompts, params, use_tqdm=False)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float32_greedy_equals_transformers(tmp_path: pathlib.Path, family: str) -> None:
+    folder = make_model(tmp_path / "model", family)
+    oracle = GreedyOracle(folder, "cuda")
+    prompts = random_prompts(VOCAB_SIZE, LENGTHS)
+    for options in ({}, {"pipeline_depth": 1}, {"num_gpu_blocks_override": 14, "max_num_batched_tokens": 256}):
+        with LLM(str(folder), dtype="float32", device="cuda", gpu_memory_utilization=0.2, **options) as llm:
+            for prompt, answer in zip(prompts, answers(llm, prompts), strict=True):
+                oracle.check(prompt, answer)
+            assert (llm.get_stats().num_preemptions_total > 0) == ("num_gpu_blocks_override" in options)
+
+
+def test_seeded_samples_do_not_depend_on_the_batch(tmp_path: pathlib.Path) -> None:
+    folder = make_model(tmp_path / "model", "qwen3")
+    prompts = random_prompts(VOCAB_SIZE, LENGTHS)
+    seeded = SamplingParams(temperature=1.0, seed=7, top_k=50, top_p=0.95, max_tokens=NUM_TOKENS, ignore_eos=True)
+    with LLM(str(folder), dtype="float32", device="cuda", gpu_memory_utilization=0.2) as llm:
+        together = answers(llm, prompts, seeded)
+        assert [answers(llm, [prompt], seeded)[0] for prompt in prompts] == together
+
+
+def test_bfloat16_of_the_reference_shape_agrees_up_to_ties(tmp_path: pathlib.Path) -> None:
+    """Qwen3-0.6B's shape, random weights: a bf16 answer's tokens are within bf16 rounding of float32's best."""
+    config = transformers.Qwen3Config(
+        vocab_size=151936,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=4096,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = transformers.Qwen3ForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    del model
+    torch.cuda.empty_cache()
+    oracle = GreedyOracle(tmp_path / "model", "cuda")
+    prompts = random_prompts(151_000, [1, 16, 100, 700])
+    with LLM(str(tmp_path / "model"), device="cuda", gpu_memory_utilization=0.5, max_num_batched_tokens=512) as llm:
+        for prompt, answer in zip(prompts, answers(llm, prompts), strict=True):
+            oracle.check(prompt, answer, tie_gap=0.05)
