@@ -136,11 +136,11 @@ class Scheduler:
         request.arrival_order = self._num_added
         self._num_added += 1
         parent = request.parent
-        if parent is None or parent.is_finished or parent.can_be_forked or parent.num_preemptions:
-            self._queue.push(request)
-        else:
+        if parent is not None and parent.status is RequestStatus.WAITING:
             parent.waiting_children.append(request)
             self._num_parked += 1
+        else:
+            self._queue.push(request)
 
     def schedule(self, now_s: float) -> SchedulerOutput | None:
         """The next step, or None if nothing can run before a result comes (or at all).

@@ -1,0 +1,123 @@
+"""A worker without a model, which does with each step what a real one does, block by block, and checks what it finds.
+
+Its KV cache holds, for every (block, offset), the token that was written there. A token is sampled from the whole
+context as read back through the block table, so a block that was shared, copied, freed or reused wrongly shows at once,
+as does a slot that goes on with another request's state.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from folovllm.common.messages.core_worker import ModelRunnerOutput, NewRequest, SamplingRow, SchedulerOutput
+
+VOCABULARY = 97
+
+
+def sample(context: Sequence[int], sampling: SamplingRow) -> int:
+    """The next token: a fixed function of everything it may depend on."""
+    value = sampling.seed * 31 + sampling.sample_index * 17
+    for token_id in context:
+        value = (value * 7 + token_id + 1) % 1_000_003
+    return value % VOCABULARY
+
+
+def answer(prompt: Sequence[int], sampling: SamplingRow, max_tokens: int) -> list[int]:
+    """The output of a request that runs alone, without any engine."""
+    stop_ids = set(integers(sampling.stop_token_ids))
+    output: list[int] = []
+    while len(output) < max_tokens:
+        output.append(sample([*prompt, *output], sampling))
+        if output[-1] in stop_ids and len(output) >= sampling.min_tokens:
+            break
+    return output
+
+
+def integers(field: bytes) -> list[int]:
+    return [int(value) for value in np.frombuffer(field, "<i4")]
+
+
+def int32(values: Sequence[int]) -> bytes:
+    return np.array(values, "<i4").tobytes()
+
+
+@dataclasses.dataclass
+class Row:
+    """What the worker keeps of one slot."""
+
+    token_ids: list[int]
+    num_computed: int
+    block_ids: list[int]
+    sampling: SamplingRow
+
+
+class SimulatedWorker:
+    """Executes steps in the order given."""
+
+    def __init__(self, block_size: int, num_blocks: int) -> None:
+        self.block_size = block_size
+        self.num_blocks = num_blocks
+        self.rows: dict[int, Row] = {}
+        self.kv: dict[tuple[int, int], int] = {}
+        self.next_step_id = 0
+
+    def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
+        assert step.step_id == self.next_step_id
+        self.next_step_id += 1
+        self._apply(step)
+        counts = scheduled(step)
+        sampling_slots = [slot for slot, num_tokens in counts if self._compute(slot, num_tokens)]
+        tokens = []
+        for slot in sampling_slots:
+            row = self.rows[slot]
+            assert self._context(row) == row.token_ids, "the blocks do not hold the slot's tokens"
+            tokens.append(sample(row.token_ids, row.sampling))
+            row.token_ids.append(tokens[-1])
+        return ModelRunnerOutput(step.step_id, int32(tokens))
+
+    def _apply(self, step: SchedulerOutput) -> None:
+        for new in step.new_requests:
+            self._take(new)
+        for slot, block in zip(integers(step.append_slots), integers(step.append_block_ids), strict=True):
+            self.rows[slot].block_ids.append(block)
+        copies = np.array(integers(step.block_copies)).reshape(-1, 2).tolist()
+        read = [(target, self._block(source)) for source, target in copies]
+        for target, contents in read:
+            self.kv.update({(target, offset): token_id for offset, token_id in contents.items()})
+        entries = np.array(integers(step.replace_entries)).reshape(-1, 2).tolist()
+        for slot, (index, block) in zip(integers(step.replace_slots), entries, strict=True):
+            self.rows[slot].block_ids[index] = block
+
+    def _take(self, new: NewRequest) -> None:
+        assert new.num_computed_tokens < len(integers(new.token_ids)), "nothing left to compute"
+        assert new.num_prompt_tokens <= len(integers(new.token_ids))
+        row = Row(integers(new.token_ids), new.num_computed_tokens, integers(new.block_ids), new.sampling)
+        self.rows[new.slot] = row
+
+    def _block(self, block: int) -> dict[int, int]:
+        return {offset: self.kv[block, offset] for offset in range(self.block_size) if (block, offset) in self.kv}
+
+    def _compute(self, slot: int, num_tokens: int) -> bool:
+        row = self.rows[slot]
+        end = row.num_computed + num_tokens
+        assert end <= len(row.token_ids), "asked to compute tokens that are not known"
+        for position in range(row.num_computed, end):
+            block = row.block_ids[position // self.block_size]
+            assert 0 < block < self.num_blocks
+            self.kv[block, position % self.block_size] = row.token_ids[position]
+        row.num_computed = end
+        return end == len(row.token_ids)
+
+    def _context(self, row: Row) -> list[int]:
+        places = [divmod(position, self.block_size) for position in range(row.num_computed)]
+        return [self.kv[row.block_ids[index], offset] for index, offset in places]
+
+
+def scheduled(step: SchedulerOutput) -> list[tuple[int, int]]:
+    """(slot, number of tokens) in the order of the step."""
+    slots, longer = integers(step.slots), integers(step.num_scheduled_tokens)
+    assert all(count > 1 for count in longer)
+    counts = [1] * (len(slots) - len(longer)) + longer
+    assert len(set(slots)) == len(slots), "a slot is scheduled twice"
+    return list(zip(slots, counts, strict=True))
