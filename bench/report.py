@@ -14,6 +14,12 @@ from typing import Any
 
 from bench.common import RESULTS
 
+FIGURES = {
+    "m1": ("m1_one_request", "Gaps between the tokens of one request"),
+    "m2": ("m2_continuous_batching", "Output tokens per second over the number of requests at once"),
+    "m3": ("m3_kv_memory", "Tokens reserved and held over a run"),
+    "startup": ("startup", "When each phase of the start ran"),
+}
 PAGE = pathlib.Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 
 
@@ -40,16 +46,12 @@ def m2(result: dict[str, Any]) -> str:
     sweep = result["continuous_tokens_per_s"]
     counts = table(["requests at once", *sweep], [["output tokens/s", *(f"{value:.0f}" for value in sweep.values())]])
     rates = result["tokens_per_s"]
-    rows = [
-        ["one by one", f"{rates['one_by_one']:.1f}", f"{result['ratio_one_by_one']:.2f}", "4"],
-        [
-            "transformers' generate, one padded batch",
-            f"{rates['transformers']:.1f}",
-            f"{result['ratio_transformers']:.2f}",
-            "2.5",
-        ],
-        ["continuous batching", f"{rates['continuous']:.1f}", "", ""],
-    ]
+    rows = [["continuous batching", f"{rates['continuous']:.1f}", "", ""]]
+    for name, way, goal in (
+        ("one by one", "one_by_one", "4"),
+        ("transformers' generate, one padded batch", "transformers", "2.5"),
+    ):
+        rows.append([name, f"{rates[way]:.1f}", f"{result[f'ratio_{way}']:.2f} times", f"{goal} times"])
     compared = table(["16 requests", "output tokens/s", "continuous is faster by", "goal"], rows)
     return f"{counts}\n\n{compared}"
 
@@ -84,13 +86,36 @@ def startup(result: dict[str, Any]) -> str:
     return goals + "\n\n" + table(["process", "phase", "begins at s", "seconds"], phases)
 
 
-SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {"m1": m1, "m2": m2, "m3": m3, "startup": startup}
+def core_step(content: dict[str, Any]) -> str:
+    parts, sockets = content["parts"], content["sockets"]
+    headers = [name if name in ("requests", "depth") else f"{name.removesuffix('_us')}, µs" for name in parts[0]]
+    alone = table(headers, [list(row.values()) for row in parts])
+    through = table(["requests", "depth", "step, µs", "99th percentile, µs"], [list(row.values()) for row in sockets])
+    return (
+        f"Core time for one decode step, without sockets (median):\n\n{alone}\n\n"
+        f"From one step's tokens to the next, real processes, as a frontend sees it:\n\n{through}"
+    )
+
+
+def of_result(section: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any]], str]:
+    return lambda content: section(content["result"])
+
+
+SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "m1": of_result(m1),
+    "m2": of_result(m2),
+    "m3": of_result(m3),
+    "startup": of_result(startup),
+    "core_step": core_step,
+}
 
 
 def render(name: str, content: dict[str, Any]) -> str:
-    """One section's text: command, machine, tables."""
+    """One section's text: command, machine, tables, and the figure if it was drawn."""
     machine = ", ".join(f"{key} {value}" for key, value in content["machine"].items())
-    return f"`{content['command']}` · {machine}\n\n{SECTIONS[name](content['result'])}"
+    text = f"`{content['command']}` · {machine}\n\n{SECTIONS[name](content)}"
+    file, shows = FIGURES.get(name, ("", ""))
+    return f"{text}\n\n![{shows}](figures/{file}.png)" if (PAGE.parent / f"figures/{file}.png").exists() else text
 
 
 def fill(page: str, name: str, text: str) -> str:

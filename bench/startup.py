@@ -51,7 +51,7 @@ class Start:
 
     Attributes:
         token_s: until the first token was there.
-        unexplained_s: seconds of these in which no phase of the table ran.
+        unexplained_s: seconds of these in which no process was in a phase of the table.
         report: the engine's table, with the phases of the script around it.
     """
 
