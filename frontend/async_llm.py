@@ -30,7 +30,7 @@ class AsyncLLM:
     """A model that answers prompts from asyncio code; like `LLM`, it starts an engine of its own or uses a running one.
 
     The constructor blocks until the engine is ready; in a loop that already serves others, call it through
-    `asyncio.to_thread`. The requests of one AsyncLLM all belong to one event loop: the first one's.
+    `asyncio.to_thread`. The requests of one AsyncLLM all belong to one event loop at a time.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class AsyncLLM:
         if self._failure is not None:
             raise self._failure
         loop = asyncio.get_running_loop()
-        if self._loop is None:
+        if self._loop is None or self._loop.is_closed():
             self._loop = loop
             for descriptor in self._open.client.descriptors:
                 loop.add_reader(descriptor, self._receive)

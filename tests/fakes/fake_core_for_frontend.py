@@ -103,6 +103,10 @@ class FakeCore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends it and hangs up on all frontends; may be called again."""
         self._stop.set()
         self._thread.join()
 

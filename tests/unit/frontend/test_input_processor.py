@@ -9,7 +9,7 @@ from folovllm.common.errors import RequestError
 from folovllm.common.sampling_params import SamplingParams
 from folovllm.frontend import int32
 from folovllm.frontend.generation_defaults import ModelDefaults
-from folovllm.frontend.input_processor import InputProcessor, RenderedChat, Request
+from folovllm.frontend.input_processor import InputProcessor, Prompt, RenderedChat, Request
 from folovllm.frontend.tokenizer import Tokenizer
 from tests.fakes.tokenizers_ import case_tokenizer, llama3_like_backend
 
@@ -55,7 +55,8 @@ def test_a_rendered_chat_gets_no_special_tokens_of_the_tokenizer() -> None:
 def test_a_list_is_one_prompt_of_ids_or_many_prompts() -> None:
     many = processor().process_many
     assert [r.prompt_token_ids for r in many([64, 65], None)] == [[64, 65]]
-    assert [r.prompt_token_ids for r in many([[64], "b", {"prompt": "x"}], None)] == [[64], [65], [87]]
+    mixed: list[Prompt] = [[64], "b", {"prompt": "x"}]
+    assert [r.prompt_token_ids for r in many(mixed, None)] == [[64], [65], [87]]
     assert [r.request_id for r in many(["a", "b"], None, first_id=7)] == ["7", "8"]
     assert [r.prompt for r in many([RenderedChat("a"), RenderedChat("b")], None)] == ["a", "b"]
 

@@ -1,0 +1,255 @@
+"""The command line against a fake core: output, exit codes, help pages, and what it imports for them."""
+
+import io
+import json
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from folovllm.common.config import EngineConfig
+from folovllm.common.sampling_params import SamplingParams
+from folovllm.frontend.cli.chat import Conversation
+from folovllm.frontend.cli.main import cli, run
+from folovllm.frontend.cli.options import ENGINE_OPTIONS, SAMPLING_OPTIONS
+from folovllm.frontend.engine_options import EngineOptions
+from folovllm.frontend.llm import LLM
+from tests.fakes.fake_core_for_frontend import FakeCore
+from tests.fakes.model_folder import write_model_folder
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def folo(core: FakeCore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs a command against the fake core; returns exit code, stdout, stderr."""
+
+    def call(*args: str, stdin: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        code = run([*args, "--engine", core.endpoint])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_generate_prints_prompt_and_answer(folo: Run) -> None:
+    assert folo("generate", "abc", "xy", "--max-tokens", "4") == (0, "abccbac\nxyyxyx\n", "")
+
+
+def test_generate_reads_prompts_from_standard_input(folo: Run) -> None:
+    assert folo("generate", "-", "--max-tokens", "1", stdin="ab\ncd\n") == (0, "abb\ncdd\n", "")
+
+
+def test_generate_writes_json(folo: Run) -> None:
+    code, out, _ = folo("generate", "abc", "-n", "2", "--json", "--max-tokens", "2")
+    assert code == 0
+    answers = json.loads(out)["outputs"]
+    assert [answer["text"] for answer in answers] == ["cb", "ba"]
+    assert answers[0] == {"text": "cb", "token_ids": [99, 98], "finish_reason": "length", "stop_reason": None}
+
+
+def test_generate_shows_table_and_bar_if_asked(folo: Run) -> None:
+    code, out, err = folo("generate", "abc", "--verbose", "--max-tokens", "1")
+    assert (code, out) == (0, "abcc\n")
+    assert "load tokenizer" in err
+    assert "1/1" in err
+
+
+def test_every_sampling_parameter_arrives(folo: Run, core: FakeCore) -> None:
+    code, _, _ = folo(
+        *("generate", "abc", "--max-tokens", "5", "--min-tokens", "1", "--temperature", "0.5", "--top-k", "3"),
+        *("--top-p", "0.5", "--min-p", "0.25", "--sampling-seed", "9", "--stop", "zz", "--stop-token-id", "7"),
+        *("--ignore-eos", "-n", "2"),
+    )
+    (request,) = core.requests
+    row = request.sampling
+    assert code == 0
+    assert (request.max_tokens, request.n, request.stream) == (5, 2, True)
+    assert (row.min_tokens, row.temperature, row.top_k, row.top_p, row.min_p, row.seed) == (1, 0.5, 3, 0.5, 0.25, 9)
+    assert row.stop_token_ids == b"\x07\x00\x00\x00"
+
+
+@pytest.mark.parametrize(
+    "args, code, message",
+    [
+        (["generate", "abc", "--temperature", "-1"], 2, "Error: temperature=-1.0 must be a finite number between"),
+        (["generate", "x" * 70], 2, "Error: prompts[0]: the prompt has 70 tokens"),
+        (["generate", "abc", "--block-size", "8"], 2, "Error: block_size cannot be given with engine="),
+        (["generate", "abc", "--blocksize", "8"], 2, "No such option"),
+        (["generate"], 2, "Missing argument"),
+        (["generate", "abc", "--dtype", "int3"], 2, "is not one of 'auto', 'bfloat16'"),
+        (["chat", "--quick", "a", "--ask", "b"], 2, "does not go with --ask"),
+        (["chat", "/no/such/model"], 2, "Error: model '/no/such/model' is not known"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(folo: Run, args: list[str], code: int, message: str) -> None:
+    got, out, err = folo(*args)
+    assert (got, out) == (code, "")
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_a_failing_engine_is_exit_code_1(folo: Run, core: FakeCore, capsys: pytest.CaptureFixture[str]) -> None:
+    core.fail_with = lambda request: "out of paper"
+    code, _, err = folo("generate", "abc")
+    assert (code, err) == (1, "Error: request 0 failed: out of paper\n")
+    assert run(["chat"]) == 2
+    assert "give a MODEL" in capsys.readouterr().err
+
+
+def test_a_fault_of_the_program_shows_its_traceback(folo: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: LLM, *args: Any, **options: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(LLM, "generate", broken)
+    with pytest.raises(ZeroDivisionError):
+        folo("generate", "abc")
+
+
+def test_ctrl_c_is_exit_code_130(folo: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(self: LLM, *args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LLM, "generate", interrupted)
+    assert folo("generate", "abc")[0] == 130
+
+
+def test_chat_quick_answers_and_exits(folo: Run, core: FakeCore) -> None:
+    code, out, err = folo("chat", "--quick", "hi", "--max-tokens", "6")
+    assert (code, out, err) == (0, "\ntnats\n", "")  # the rendered prompt backwards
+    (request,) = core.requests
+    assert request.stream
+
+
+def test_chat_without_terminal_reads_lines_and_remembers(folo: Run, core: FakeCore) -> None:
+    lines = "one\n/stats\n/clear\ntwo\n/bogus\n/help\n/exit\nnever\n"
+    code, out, err = folo("chat", "--system", "S", "--max-tokens", "2", stdin=lines)
+    assert code == 0
+    assert "process" in err, "the start-up table"
+    assert "last answer: 2 tokens" in out
+    assert "(forgotten)" in out
+    assert "/bogus is not known" in out
+    assert len(core.requests) == 2
+    sizes = [len(request.prompt_token_ids) for request in core.requests]
+    assert sizes[0] == sizes[1], "the conversation was forgotten in between"
+
+
+def test_chat_ask_answers_each_and_keeps_the_conversation(folo: Run, core: FakeCore) -> None:
+    code, out, _ = folo("chat", "--ask", "a", "--ask", "b", "--max-tokens", "1", "--no-table", stdin="never\n")
+    assert code == 0
+    assert re.findall(r"^you> (.)$", out, re.MULTILINE) == ["a", "b"]
+    assert len(core.requests) == 2
+    assert len(core.requests[1].prompt_token_ids) > len(core.requests[0].prompt_token_ids)
+
+
+def test_chat_tells_a_refused_question_and_goes_on(folo: Run, core: FakeCore) -> None:
+    code, _, err = folo("chat", "--no-table", "--max-tokens", "1", stdin="x" * 70 + "\nok\n")
+    assert code == 0
+    assert "Error: the prompt has" in err
+    assert len(core.requests) == 1
+
+
+@pytest.fixture
+def conversation(core: FakeCore) -> Iterator[Conversation]:
+    with LLM(engine=core.endpoint) as llm:
+        yield Conversation(llm, SamplingParams(max_tokens=3), None)
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_what_came(
+    conversation: Conversation, core: FakeCore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    core.gate.clear()
+    monkeypatch.setattr(conversation._llm, "_next_delta", interrupted)
+    assert not conversation.answer("hi")
+    assert "[stopped]" in capsys.readouterr().out
+    assert [message["role"] for message in conversation.messages] == ["user", "assistant"]
+    assert core.wait_until(lambda: core.aborted == [0])
+
+
+def test_a_failed_answer_is_not_remembered(conversation: Conversation, core: FakeCore) -> None:
+    core.fail_with = lambda request: "broken"
+    with pytest.raises(RuntimeError, match="broken"):
+        conversation.answer("hi")
+    assert conversation.messages == []
+
+
+def test_the_engines_options_are_all_there() -> None:
+    names = [name for name, _, _ in ENGINE_OPTIONS]
+    assert names == list(EngineOptions.__annotations__)
+    fields = set(EngineConfig.__struct_fields__) - {"model", "num_valid_token_ids"}
+    assert fields == set(names)
+    assert {name for name, _, _ in SAMPLING_OPTIONS} <= set(SamplingParams.__struct_fields__)
+
+
+@pytest.mark.parametrize("command", sorted(cli.commands))
+def test_help_pages_are_whole(command: str) -> None:
+    result = CliRunner().invoke(cli, [command, "--help"])
+    assert result.exit_code == 0
+    assert all(len(line) <= 110 for line in result.output.splitlines())
+    options = [option for option in cli.commands[command].params if isinstance(option, click.Option)]
+    assert all(option.help and option.opts[-1] in result.output for option in options)
+    if command != "env":
+        assert result.output.index("Engine:") < result.output.index("Examples:")
+
+
+def test_the_first_help_page_names_the_commands() -> None:
+    output = CliRunner().invoke(cli, ["--help"]).output
+    assert [name for name in ("generate", "chat", "engine", "env") if name not in output] == []
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from folovllm.frontend.cli.main import run; run(['--help']); "
+        "print([name for name in ('msgspec', 'zmq', 'torch', 'numpy', 'tokenizers', 'jinja2') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_env_reports_versions(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["env"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["python"].startswith(sys.version.split()[0])
+    assert re.match(r"\d+\.\d+", lines["torch"])
+    assert "GiB" in lines["memory"]
+    assert set(lines) >= {"folovllm", "system", "processor", "pyzmq", "devices"}
+
+
+def test_env_never_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(*args: Any) -> Any:
+        raise OSError("no such thing")
+
+    monkeypatch.setattr("platform.platform", broken)
+    monkeypatch.setattr("os.sysconf", broken)
+    monkeypatch.setattr("importlib.metadata.version", broken)
+    assert run(["env"]) == 0
+    out = capsys.readouterr().out
+    assert "memory           unknown (OSError: no such thing)" in out
+    assert "torch            unknown (OSError: no such thing)" in out
+
+
+def test_sigterm_ends_a_command_in_order_with_143(tmp_path: pathlib.Path) -> None:
+    folder = write_model_folder(tmp_path / "model")
+    with FakeCore(f"ipc://{tmp_path}/core", model=str(folder)) as core:
+        core.gate.clear()
+        command = [sys.executable, "-m", "folovllm", "generate", "abc", "--engine", core.endpoint]
+        with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+            assert core.wait_until(lambda: len(core.live) == 1)
+            process.send_signal(signal.SIGTERM)
+            _, errors = process.communicate(timeout=20)
+        assert (process.returncode, errors) == (143, "")
