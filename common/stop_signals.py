@@ -27,6 +27,11 @@ class StopSignals:
         """The exit code that tells which signal came first; waits for one. Any thread may ask, and ask again."""
         return _SHELL_SIGNAL_BASE + self._arrived.recv(1, socket.MSG_PEEK)[0]
 
+    def ignore(self) -> None:
+        """To be called when all is cleaned up: at the interpreter's end a late signal would change the exit code."""
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
 
 def _pass_over(_number: int, _frame: FrameType | None) -> None:
     """The wake-up descriptor has the number already."""

@@ -38,7 +38,7 @@ def main() -> int:
     from folovllm.core_proc.waiter import Waiter
 
     waiter = Waiter(watch, signals)
-    return CoreProcess(
+    exit_code = CoreProcess(
         ParentLink(options.connect, options.name, waiter),
         waiter,
         name=options.name,
@@ -46,6 +46,8 @@ def main() -> int:
         watch=watch,
         started_at=started_at,
     ).run()
+    signals.ignore()
+    return exit_code
 
 
 if __name__ == "__main__":

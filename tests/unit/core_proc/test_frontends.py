@@ -1,0 +1,207 @@
+"""Who is connected, what each is sent, and whose requests become orphans; the socket is a list of frames."""
+
+import itertools
+
+import numpy as np
+import pytest
+import zmq
+
+from folovllm.common.messages.core_worker import SamplingRow
+from folovllm.common.messages.frontend_core import (
+    AbortRequests,
+    AddRequests,
+    CoreToFrontend,
+    EngineCoreOutputs,
+    EngineFailed,
+    GetStats,
+    Ping,
+    Welcome,
+)
+from folovllm.common.messages.lifecycle import PROTOCOL_VERSION, BadFrame, Hello
+from folovllm.common.transport import Decoder, encode
+from folovllm.core_proc.frontends import Frontends
+from folovllm.core_proc.request import Request, RequestStatus
+from folovllm.core_proc.scheduler import StepOutcome
+
+WELCOME = Welcome("m", 64, 100, 4, 10, 2, "fake", "float32", "0")
+HELLO = Hello("frontend", PROTOCOL_VERSION, 12, "peer")
+
+
+class FakeRouter:
+    """A ROUTER socket: `incoming` is what peers have sent, `sent` what they got; peers in `gone` cannot be reached."""
+
+    def __init__(self) -> None:
+        self.incoming: list[list[bytes]] = []
+        self.sent: list[tuple[bytes, CoreToFrontend]] = []
+        self.gone: set[bytes] = set()
+        self._decoder: Decoder[CoreToFrontend] = Decoder(CoreToFrontend)
+
+    def recv_multipart(self, _flags: int) -> list[bytes]:
+        if not self.incoming:
+            raise zmq.Again
+        return self.incoming.pop(0)
+
+    def send_multipart(self, frames: list[bytes], _flags: int) -> None:
+        identity, frame = frames
+        if identity in self.gone:
+            raise zmq.ZMQError(zmq.EHOSTUNREACH)
+        self.sent.append((identity, self._decoder.decode(frame)))
+
+    def take(self) -> list[tuple[bytes, CoreToFrontend]]:
+        sent, self.sent = self.sent, []
+        return sent
+
+
+@pytest.fixture
+def router() -> FakeRouter:
+    return FakeRouter()
+
+
+@pytest.fixture
+def frontends(router: FakeRouter) -> Frontends:
+    """Two frontends, `a` and `b`, have been welcomed."""
+    frontends = Frontends(router, WELCOME)  # type: ignore[arg-type]
+    router.incoming = [[b"a", encode(HELLO)], [b"b", encode(HELLO)]]
+    assert not list(frontends.receive())
+    assert router.take() == [(b"a", WELCOME), (b"b", WELCOME)]
+    return frontends
+
+
+def add_request(router: FakeRouter, frontends: Frontends, identity: bytes, number: int) -> Request:
+    """A live request of the frontend `identity`."""
+    router.incoming.append([identity, encode(GetStats(0))])
+    ((frontend, _),) = frontends.receive()
+    request = Request(frontend.client, number, "r", np.ones(1, np.int32), SamplingRow(), max_tokens=1)
+    frontend.requests[number] = request
+    return request
+
+
+def outcome(*tokens: tuple[int, int, int], finished: list[Request] | None = None) -> StepOutcome:
+    clients, numbers, token_ids = np.array(tokens, np.int32).reshape(-1, 3).T
+    return StepOutcome(clients, numbers, token_ids, finished or [])
+
+
+def tokens_of(message: CoreToFrontend) -> list[tuple[int, int]]:
+    assert isinstance(message, EngineCoreOutputs)
+    numbers, token_ids = (np.frombuffer(field, "<i4").tolist() for field in (message.numbers, message.token_ids))
+    return list(zip(numbers, token_ids, strict=True))
+
+
+def end(request: Request) -> Request:
+    request.become(RequestStatus.RUNNING, "test")
+    request.become(RequestStatus.FINISHED_LENGTH_CAPPED, "test")
+    request.output_token_ids = np.array([7, 8], np.int32)
+    return request
+
+
+def test_messages_come_with_their_frontend_in_order(router: FakeRouter, frontends: Frontends) -> None:
+    messages = [AddRequests([]), AbortRequests(b""), GetStats(3)]
+    router.incoming = [[identity, encode(message)] for identity in (b"b", b"a") for message in messages]
+    received = list(frontends.receive())
+    assert [(frontend.identity, message) for frontend, message in received] == list(
+        itertools.product((b"b", b"a"), messages)
+    )
+    assert {frontend.client for frontend, _ in received} == {0, 1}
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        [b"new", encode(GetStats(1))],
+        [b"new", encode(Hello("worker", PROTOCOL_VERSION, 1, "x"))],
+        [b"new", encode(Hello("frontend", PROTOCOL_VERSION + 1, 1, "x"))],
+        [b"a", encode(AbortRequests(b"abc"))],
+        [b"a", b"\xff"],
+        [b"a"],
+        [b"a", encode(GetStats(1)), b""],
+    ],
+)
+def test_bad_frames_are_answered_and_have_no_effect(
+    router: FakeRouter, frontends: Frontends, frames: list[bytes]
+) -> None:
+    router.incoming = [frames, [b"b", encode(GetStats(2))]]
+    assert [message for _, message in frontends.receive()] == [GetStats(2)]
+    ((identity, answer),) = router.take()
+    assert identity == frames[0]
+    assert isinstance(answer, BadFrame)
+    assert len(frontends) == 2
+
+
+def test_a_bad_frame_message_is_not_answered(router: FakeRouter, frontends: Frontends) -> None:
+    router.incoming = [[b"a", encode(BadFrame("what?"))], [b"new", encode(BadFrame("what?"))]]
+    assert not list(frontends.receive())
+    assert not router.take()
+
+
+def test_tokens_of_one_frontend_go_out_in_one_message(router: FakeRouter, frontends: Frontends) -> None:
+    frontends.send_outcome(outcome((1, 5, 50), (1, 6, 60)))
+    ((identity, message),) = router.take()
+    assert identity == b"b"
+    assert tokens_of(message) == [(5, 50), (6, 60)]
+
+
+def test_tokens_and_ends_are_split_by_frontend(router: FakeRouter, frontends: Frontends) -> None:
+    ended = [end(add_request(router, frontends, identity, 9)) for identity in (b"a", b"b")]
+    frontends.send_outcome(outcome((0, 5, 50), (1, 5, 51), (0, 6, 60), finished=ended))
+    sent = dict(router.take())
+    assert tokens_of(sent[b"a"]) == [(5, 50), (6, 60)]
+    assert tokens_of(sent[b"b"]) == [(5, 51)]
+    for message in sent.values():
+        assert isinstance(message, EngineCoreOutputs)
+        ((number, reason, token_ids),) = [(f.number, f.finish_reason, f.token_ids) for f in message.finished]
+        assert (number, reason) == (9, "length")
+        assert np.frombuffer(token_ids, "<i4").tolist() == [7, 8]
+
+
+def test_an_end_alone_is_told_and_the_request_forgotten(router: FakeRouter, frontends: Frontends) -> None:
+    request = add_request(router, frontends, b"b", 9)
+    frontends.send_outcome(outcome(finished=[end(request)]))
+    ((identity, message),) = router.take()
+    assert identity == b"b"
+    assert isinstance(message, EngineCoreOutputs)
+    router.gone = {b"b"}
+    frontends.ping(0.0)
+    assert not frontends.take_orphans()
+
+
+def test_nothing_to_tell_sends_nothing(router: FakeRouter, frontends: Frontends) -> None:
+    frontends.send_outcome(outcome())
+    assert not router.take()
+
+
+def test_ping_goes_out_once_a_second_and_finds_who_is_gone(router: FakeRouter, frontends: Frontends) -> None:
+    request = add_request(router, frontends, b"a", 1)
+    frontends.ping(10.0)
+    frontends.ping(10.9)
+    assert router.take() == [(b"a", Ping()), (b"b", Ping())]
+    router.gone = {b"a"}
+    frontends.ping(11.0)
+    assert router.take() == [(b"b", Ping())]
+    assert len(frontends) == 1
+    assert frontends.take_orphans() == [request]
+    assert not frontends.take_orphans()
+
+
+def test_what_comes_for_a_frontend_that_is_gone_is_dropped(router: FakeRouter, frontends: Frontends) -> None:
+    request = add_request(router, frontends, b"a", 1)
+    router.gone = {b"a"}
+    frontends.send_outcome(outcome((0, 1, 5)))
+    assert frontends.take_orphans() == [request]
+    frontends.send_outcome(outcome((0, 1, 6), (1, 1, 7), finished=[end(request)]))
+    ((identity, message),) = router.take()
+    assert (identity, tokens_of(message)) == (b"b", [(1, 7)])
+
+
+def test_a_second_hello_orphans_the_first_ones_requests(router: FakeRouter, frontends: Frontends) -> None:
+    request = add_request(router, frontends, b"a", 1)
+    router.incoming = [[b"a", encode(HELLO)], [b"a", encode(GetStats(1))]]
+    ((frontend, _),) = frontends.receive()
+    assert frontend.client == 2
+    assert not frontend.requests
+    assert frontends.take_orphans() == [request]
+    assert len(frontends) == 2
+
+
+def test_all_are_told_that_the_engine_failed(router: FakeRouter, frontends: Frontends) -> None:
+    frontends.fail("worker died")
+    assert router.take() == [(b"a", EngineFailed("worker died")), (b"b", EngineFailed("worker died"))]
