@@ -391,15 +391,16 @@ def test_the_last_free_block_goes_to_the_higher_rank() -> None:
 def test_nobody_is_admitted_in_the_step_that_preempts() -> None:
     engine = SimulatedEngine(num_blocks=12, policy="priority", depth=1)
     engine.add(4, max_tokens=40, priority=1)
-    victim = engine.add(20, max_tokens=12, priority=2)[0]
+    victim = engine.add(20, max_tokens=30, priority=2)[0]
     while engine.pool.num_free:
         engine.turn()
     small = engine.add(1, max_tokens=1, priority=0)[0]
     while victim.status is RequestStatus.RUNNING:
         engine.turn()
+    assert victim.num_preemptions == 1
     assert engine.pool.num_free > 3
     assert engine.steps[-1].new_requests == []
-    assert small.status is RequestStatus.WAITING
+    assert small.scheduled_at_s is None
     engine.turn()
     assert small.is_finished
     engine.run()
