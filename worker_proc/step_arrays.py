@@ -148,9 +148,7 @@ def _read_new(request: NewRequest, limits: StepLimits) -> NewRow:
     tokens = _ints(request.token_ids, f"{name}: token_ids")
     blocks = _ints(request.block_ids, f"{name}: block_ids")
     stops = _ints(request.sampling.stop_token_ids, f"{name}: stop_token_ids")
-    _check(
-        1 <= len(tokens) <= limits.max_model_len, f"{name}: {len(tokens)} tokens, must be 1 to {limits.max_model_len}"
-    )
+    _check(1 <= len(tokens) <= limits.max_model_len, f"{name}: {len(tokens)} tokens, not 1 to {limits.max_model_len}")
     _check_range(tokens, 0, limits.vocab_size, f"{name}: token_ids")
     _check_range(blocks, 1, limits.num_blocks, f"{name}: block_ids")
     _check(len(blocks) <= limits.max_blocks, f"{name}: {len(blocks)} blocks, at most {limits.max_blocks} are of use")
@@ -191,9 +189,7 @@ def _read_appended(step: SchedulerOutput, counts: SlotCounts, limits: StepLimits
     _check_range(slots, 0, limits.num_slots, "append_slots")
     _check_range(ids, 1, limits.num_blocks, "append_block_ids")
     columns = counts.num_blocks[slots] + _occurrences_before(slots)
-    _check(
-        int(columns.max()) < limits.max_blocks, f"append_slots: a slot would get more than {limits.max_blocks} blocks"
-    )
+    _check(int(columns.max()) < limits.max_blocks, f"append_slots: a slot has {limits.max_blocks} blocks already")
     np.add.at(counts.num_blocks, slots, 1)
     return slots, columns, ids
 
@@ -211,9 +207,7 @@ def _occurrences_before(values: Ids) -> Ids:
 def _read_replaced(step: SchedulerOutput, counts: SlotCounts, limits: StepLimits) -> tuple[Ids, Ids, Ids]:
     """Slots, columns and new ids of replaced entries."""
     slots, pairs = _ints(step.replace_slots, "replace_slots"), _ints(step.replace_entries, "replace_entries")
-    _check(
-        2 * len(slots) == len(pairs), f"replace_slots has {len(slots)} entries, replace_entries {len(pairs)}, not twice"
-    )
+    _check(2 * len(slots) == len(pairs), f"replace_entries has {len(pairs)} entries for {len(slots)} replace_slots")
     columns, ids = pairs[0::2], pairs[1::2]
     _check_range(slots, 0, limits.num_slots, "replace_slots")
     _check_range(ids, 1, limits.num_blocks, "replace_entries")
@@ -227,9 +221,7 @@ def _read_copies(step: SchedulerOutput, limits: StepLimits) -> tuple[Ids, Ids]:
     _check(len(pairs) % 2 == 0, "block_copies has an odd number of entries")
     _check_range(pairs, 1, limits.num_blocks, "block_copies")
     destinations = pairs[1::2]
-    _check(
-        len(destinations) < 2 or len(np.unique(destinations)) == len(destinations), "block_copies: two copies into one"
-    )
+    _check(len(set(destinations.tolist())) == len(destinations), "block_copies: two copies into the same block")
     return pairs[0::2], destinations
 
 

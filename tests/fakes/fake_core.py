@@ -8,7 +8,6 @@ worker's parent in a process that a test can kill: it prints the worker's proces
 import argparse
 import pathlib
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -180,4 +179,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

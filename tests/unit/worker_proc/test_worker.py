@@ -1,0 +1,84 @@
+"""What the worker makes of a step that goes wrong, and the rows of the start-up table."""
+
+import logging
+import time
+
+import pytest
+
+from folovllm.common.errors import ProtocolError
+from folovllm.common.messages.core_worker import ModelRunnerOutput, SchedulerOutput
+from folovllm.worker_proc.output_thread import PendingOutput
+from folovllm.worker_proc.phases import Phases
+from folovllm.worker_proc.worker import Answer, execute
+
+STEP = SchedulerOutput(7, b"")
+
+
+class ScriptedRunner:
+    """Answers, or raises what it is given."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self._error = error
+
+    def execute(self, step: SchedulerOutput) -> PendingOutput:
+        if self._error is not None:
+            raise self._error
+        return Answer(ModelRunnerOutput(step.step_id, b"tokn"))
+
+
+def test_a_result_is_passed_on() -> None:
+    assert execute(ScriptedRunner(), STEP).wait() == ModelRunnerOutput(7, b"tokn")
+
+
+@pytest.mark.parametrize(
+    ("error", "text", "with_traceback"),
+    [
+        (ProtocolError("slots is empty"), "ProtocolError: slots is empty", False),
+        (MemoryError("no room"), "MemoryError: no room", True),
+        (RuntimeError("shape mismatch"), "RuntimeError: shape mismatch", True),
+    ],
+)
+def test_an_error_is_the_steps_result(
+    error: Exception,
+    text: str,
+    with_traceback: bool,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logging.getLogger("folovllm"), "propagate", True)
+    with caplog.at_level(logging.ERROR, logger="folovllm"):
+        output = execute(ScriptedRunner(error), STEP)
+    assert output.step_id == 7
+    assert output.wait() == ModelRunnerOutput(7, error=text)
+    (record,) = caplog.records
+    assert "step 7" in record.getMessage()
+    assert bool(record.exc_info) == with_traceback
+
+
+def test_an_order_to_end_is_no_result() -> None:
+    class Interrupting:
+        def execute(self, step: SchedulerOutput) -> PendingOutput:
+            raise KeyboardInterrupt(step.step_id)
+
+    with pytest.raises(KeyboardInterrupt):
+        execute(Interrupting(), STEP)
+
+
+def test_phases_count_from_the_engines_start() -> None:
+    origin = time.time() - 5.0
+    phases = Phases("worker-3", origin)
+    phases.add("import", origin + 1.0)
+    with phases.measure("load"):
+        pass
+    first, second = phases.rows
+    assert (first.process, first.phase, second.phase) == ("worker-3", "import", "load")
+    assert first.start_s == pytest.approx(1.0, abs=0.01)
+    assert first.seconds == pytest.approx(4.0, abs=0.5)
+    assert second.start_s >= first.start_s + first.seconds - 0.01
+
+
+def test_a_phase_that_fails_leaves_no_row() -> None:
+    phases = Phases("worker-3", time.time())
+    with pytest.raises(ValueError, match="broken"), phases.measure("load"):
+        raise ValueError("broken")
+    assert phases.rows == []
