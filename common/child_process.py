@@ -57,6 +57,7 @@ class ChildProcess:
         self._thread.start()
         started.wait()
         if isinstance(outcome[0], OSError):
+            self._thread.join()
             self.close()
             raise outcome[0]
         self._process = outcome[0]

@@ -1,0 +1,140 @@
+"""Children that end with their parent, and parents that know at once; also the signals of `stop_signals`."""
+
+import os
+import pathlib
+import select
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+import pytest
+
+from folovllm.common.child_process import ChildProcess
+from tests.sources import ROOT
+
+MODULE = "tests.fakes.child_program"
+BOUND_S = 10.0
+
+
+@contextmanager
+def running_child(folder: pathlib.Path, mode: str) -> Iterator[ChildProcess]:
+    """A child that has come as far as its mode lets it."""
+    file = folder / "pid"
+    child = ChildProcess(MODULE, [mode, str(file)], "the child")
+    try:
+        _wait_for(file, child)
+        assert int(file.read_text()) == child.pid
+        yield child
+    finally:
+        child.stop(0.0)
+
+
+def _wait_for(file: pathlib.Path, child: ChildProcess) -> None:
+    for _ in range(200):
+        if file.exists() or child.wait(0.05):
+            break
+    assert file.exists(), child.exit_cause()
+
+
+def test_the_sentinel_tells_the_end_and_the_cause(tmp_path: pathlib.Path) -> None:
+    with running_child(tmp_path, "plain") as child:
+        assert child.exit_code() is None
+        assert child.exit_cause() == f"the child (pid {child.pid}) is running"
+        assert not select.select([child.sentinel], [], [], 0)[0]
+        os.kill(child.pid, signal.SIGKILL)
+        assert select.select([child.sentinel], [], [], BOUND_S)[0]
+        assert child.exit_code() == -signal.SIGKILL
+        assert child.exit_cause() == f"the child (pid {child.pid}) was killed by SIGKILL"
+
+
+def test_an_exit_code_is_told(tmp_path: pathlib.Path) -> None:
+    child = ChildProcess(MODULE, ["exit-7", str(tmp_path / "pid")], "the child")
+    assert child.wait(BOUND_S)
+    assert child.exit_cause() == f"the child (pid {child.pid}) ended with exit code 7"
+    assert child.stop(0.0) == 7
+    assert child.stop(0.0) == 7
+
+
+def test_a_child_that_listens_ends_in_order(tmp_path: pathlib.Path) -> None:
+    with running_child(tmp_path, "orderly") as child:
+        child.ask_to_stop()
+        assert child.wait(BOUND_S)
+        assert child.stop(0.0) == 0
+        assert not (tmp_path / "pid.will").exists()
+
+
+def test_a_child_that_is_stuck_ends_by_its_watch_after_its_last_will(tmp_path: pathlib.Path) -> None:
+    with running_child(tmp_path, "stuck") as child:
+        assert child.stop(BOUND_S) == 0
+        assert (tmp_path / "pid.will").read_text() == "done"
+
+
+def test_a_child_that_does_not_watch_is_killed_after_the_grace(tmp_path: pathlib.Path) -> None:
+    with running_child(tmp_path, "plain") as child:
+        assert child.stop(0.1) == -signal.SIGKILL
+
+
+def test_stop_leaves_no_descriptor_and_no_thread(tmp_path: pathlib.Path) -> None:
+    process = psutil.Process()
+    before = process.num_fds(), threading.active_count()
+    with running_child(tmp_path, "orderly") as child:
+        child.stop(BOUND_S)
+    assert (process.num_fds(), threading.active_count()) == before
+
+
+def test_a_program_that_cannot_be_started_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = psutil.Process().num_fds()
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(FileNotFoundError):
+        ChildProcess(MODULE, [], "the child")
+    assert psutil.Process().num_fds() == before
+
+
+@pytest.mark.parametrize("mode", ["orderly", "stuck", "kernel"])
+def test_a_killed_parent_takes_the_child_along(tmp_path: pathlib.Path, mode: str) -> None:
+    """`kernel`: a child that neither polls nor watches is ended by the kernel."""
+    code = f"""
+        import signal
+        from folovllm.common.child_process import ChildProcess
+        child = ChildProcess({MODULE!r}, [{mode!r}, {str(tmp_path / "pid")!r}], "the child")
+        print(child.pid, flush=True)
+        signal.pause()
+    """
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        for _ in range(200):
+            if (tmp_path / "pid").exists():
+                break
+            parent_ended = _ended(parent)
+            assert not parent_ended
+        parent.kill()
+        _, alive = psutil.wait_procs([child], timeout=BOUND_S)
+    assert not alive
+
+
+def _ended(parent: "subprocess.Popen[bytes]") -> bool:
+    try:
+        parent.wait(0.05)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_is_an_event_and_tells_the_exit_code(tmp_path: pathlib.Path, number: int, exit_code: int) -> None:
+    with running_child(tmp_path, "signals") as child:
+        os.kill(child.pid, number)
+        os.kill(child.pid, number)  # changes nothing
+        assert child.wait(BOUND_S)
+        assert child.exit_code() == exit_code
+
+
+def test_the_terminals_ctrl_c_does_not_reach_a_child(tmp_path: pathlib.Path) -> None:
+    with running_child(tmp_path, "plain") as child:
+        assert os.getsid(child.pid) == child.pid
