@@ -72,7 +72,7 @@ class Admission:
     def admit(self, message: EngineCoreRequest, client: int, now_s: float) -> list[Request]:
         """The answers to one prompt, the leader first; `refusal` must have found nothing, max_tokens be at least 1."""
         prompt = np.frombuffer(message.prompt_token_ids, "<i4")
-        room = min(self._max_model_len, self._num_pool_tokens) - len(prompt)
+        room = min(self._max_model_len, self._num_pool_tokens + 1) - len(prompt)  # the last token is never cached
         requests: list[Request] = []
         for index in range(message.n):
             requests.append(
@@ -136,7 +136,7 @@ class Admission:
                 f"the prompt has {len(prompt)} tokens and the model's length (max_model_len) is {self._max_model_len}: "
                 "no room is left for a single output token",
             )
-        if len(prompt) >= self._num_pool_tokens:
+        if len(prompt) > self._num_pool_tokens:
             raise _Refused(
                 "prompt_token_ids",
                 f"the prompt has {len(prompt)} tokens and the whole KV pool holds {self._num_pool_tokens}: "

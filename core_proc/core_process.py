@@ -12,7 +12,7 @@ import zmq
 import folovllm
 from folovllm.common.child_process import ParentWatch
 from folovllm.common.config import EngineConfig
-from folovllm.common.errors import ConfigError
+from folovllm.common.errors import ConfigError, FoloVLLMError
 from folovllm.common.log import get_logger, setup_logging
 from folovllm.common.messages.frontend_core import Welcome
 from folovllm.common.messages.lifecycle import (
@@ -81,7 +81,8 @@ class CoreProcess:
         except WorkerFailedError as error:
             self._tell(error.report)
         except Exception as error:
-            logger.exception("the core failed")
+            if not isinstance(error, FoloVLLMError):  # those say all there is to say in their message
+                logger.exception("the core failed")
             text = "".join(traceback.format_exception(error))
             self._tell(Failed(self._name, type(error).__name__, str(error), text))
         finally:

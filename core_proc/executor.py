@@ -179,5 +179,6 @@ class Executor:
     def _death(self, otherwise: str) -> EngineDeadError:
         """The worker's end in words; `otherwise` where its process goes on."""
         if self._process.wait(_DEATH_CAUSE_BOUND_S):
+            self._raise_last_words()
             return EngineDeadError(self._process.exit_cause())
         return EngineDeadError(f"{WORKER_NAME} (pid {self._process.pid}) runs, but {otherwise}")

@@ -34,6 +34,7 @@ from folovllm.core_proc.scheduler import StepOutcome
 PING_INTERVAL_S: Final = 1.0
 _PING: Final = encode(Ping())
 _TOKEN_ID_BYTES = 4
+_MAX_NAME_CHARACTERS = 32  # it is a peer's own, and goes into the log
 
 logger = get_logger(__name__)
 
@@ -142,7 +143,7 @@ class Frontends:
             return
         if identity in self._by_identity:
             self._forget(self._by_identity[identity], "greets anew")
-        frontend = Frontend(self._next_client, identity, f"{hello.name} (pid {hello.pid})")
+        frontend = Frontend(self._next_client, identity, f"{hello.name[:_MAX_NAME_CHARACTERS]!r} (pid {hello.pid})")
         self._next_client += 1
         self._by_identity[identity] = frontend
         self._by_client[frontend.client] = frontend

@@ -53,7 +53,7 @@ def refusal(
         ([2**31 - 1], "token id 2147483647 at position 0"),
         ([1] * 64, "the prompt has 64 tokens and the model's length (max_model_len) is 64"),
         ([1] * 1000, "the prompt has 1000 tokens and the model's length (max_model_len) is 64"),
-        ([1] * 48, "the prompt has 48 tokens and the whole KV pool holds 48"),
+        ([1] * 49, "the prompt has 49 tokens and the whole KV pool holds 48"),
     ],
 )
 def test_L12_L17_L20_prompts_that_can_never_run(prompt: list[int] | bytes, message: str) -> None:
@@ -138,7 +138,7 @@ def test_admit_gives_the_leader_first_and_numbers_in_order() -> None:
         assert (request.sampling.seed, request.max_tokens) == (9, 5)
 
 
-@pytest.mark.parametrize(("pool", "max_tokens"), [(48, 38), (1000, 54)])
+@pytest.mark.parametrize(("pool", "max_tokens"), [(48, 39), (1000, 54)])
 def test_L20_max_tokens_is_cut_to_the_room_there_is(pool: int, max_tokens: int) -> None:
     (request,) = make_admission(num_pool_tokens=pool).admit(make_message([1] * 10, max_tokens=10**9), 0, 0.0)
     assert request.max_tokens == max_tokens
