@@ -66,6 +66,11 @@ def m1(arguments: argparse.Namespace, size: Sizes) -> dict[str, Any]:
     return {"sizes": asdict(size), **figures}
 
 
+def progress(text: str) -> None:
+    """A line that is seen at once: the whole takes minutes."""
+    print(text, flush=True)
+
+
 def run_at_once(llm: LLM, prompts: list[list[int]], output_len: int) -> tuple[float, list[list[int]]]:
     """Seconds and ids of one call with all prompts."""
     start = time.perf_counter()
@@ -90,7 +95,7 @@ def m2(arguments: argparse.Namespace, size: Sizes) -> dict[str, Any]:
     with open_llm(arguments) as llm:
         run_at_once(llm, compared, 4)  # warm-up
         baseline.generate(compared, 2)
-        for _ in range(size.repeats):
+        for turn in range(size.repeats):
             answers = {
                 "one_by_one": run_one_by_one(llm, compared, size.output_len),
                 "continuous": run_at_once(llm, compared, size.output_len),
@@ -100,9 +105,13 @@ def m2(arguments: argparse.Namespace, size: Sizes) -> dict[str, Any]:
                 if [len(answer) for answer in ids] != [size.output_len] * len(compared):
                     raise RuntimeError(f"{way}: an answer does not have {size.output_len} tokens")
                 ways[way].append(seconds)
-        for _ in range(size.repeats):
+            progress(f"M2 turn {turn + 1}: " + ", ".join(f"{way} {ways[way][-1]:.1f} s" for way in ways))
+        for turn in range(size.repeats):
             for count in size.counts:
                 sweep[count].append(run_at_once(llm, prompts[:count], size.output_len)[0])
+            progress(
+                f"M2 sweep {turn + 1}: " + ", ".join(f"{count}: {sweep[count][-1]:.1f} s" for count in size.counts)
+            )
     return report_m2(arguments, size, ways, sweep)
 
 
