@@ -12,6 +12,7 @@ Heartbeats run on tcp only. Over ipc the kernel reports a peer's end at once, an
 import contextlib
 import os
 import pathlib
+import socket as stdlib_socket
 import tempfile
 import urllib.parse
 from typing import Any, Final, Generic, NamedTuple, TypeVar
@@ -143,6 +144,8 @@ def bind(socket: "zmq.Socket[bytes]", endpoint: str) -> tuple[str, Authenticator
     """
     parsed = Endpoint.parse(endpoint)
     authenticator = None
+    if parsed.key_file is None and is_served(parsed.address):  # ZeroMQ would silently take the name away from the other
+        raise ConfigError(f"cannot listen on {endpoint}: address already in use")
     if parsed.key_file is not None:
         keys = load_keys(parsed.key_file, create=True)
         authenticator = Authenticator(socket.context, keys.client_public)
@@ -158,6 +161,17 @@ def bind(socket: "zmq.Socket[bytes]", endpoint: str) -> tuple[str, Authenticator
         raise ConfigError(f"cannot listen on {endpoint}: {error}") from error
     bound = socket.getsockopt_string(zmq.LAST_ENDPOINT)
     return (f"{bound}?key={parsed.key_file}" if parsed.key_file is not None else bound), authenticator
+
+
+def is_served(address: str) -> bool:
+    """Whether somebody listens on `ipc://PATH`; the file of one who ended without removing it is no sign of life."""
+    with stdlib_socket.socket(stdlib_socket.AF_UNIX) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(address.removeprefix("ipc://"))
+        except OSError:
+            return False
+    return True
 
 
 def connect(socket: "zmq.Socket[bytes]", endpoint: str) -> None:

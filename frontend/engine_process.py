@@ -10,7 +10,6 @@ import contextlib
 import os
 import pathlib
 import shutil
-import socket as stdlib_socket
 import tempfile
 import threading
 import weakref
@@ -31,7 +30,7 @@ from folovllm.common.messages.lifecycle import (
     Failed,
     Hello,
 )
-from folovllm.common.transport import Decoder, bind, encode, make_runtime_dir, new_socket
+from folovllm.common.transport import Decoder, bind, encode, is_served, make_runtime_dir, new_socket
 
 _CORE_MODULE = "folovllm.core_proc"
 _STOP_GRACE_S = 4.0
@@ -98,6 +97,7 @@ class EngineProcess:
         while True:
             identity, message = self._receive()
             if isinstance(message, CoreReady):
+                self._resources.callback(_remove_socket_file, message.endpoint)
                 return message
             if isinstance(message, Failed):
                 raise EngineStartError(_cause(message)) from ChildTraceback(message.traceback)
@@ -204,18 +204,14 @@ def sweep_stale_runtime_dirs(is_alive: Callable[[int], bool] | None = None) -> N
 
 
 def _remove_unless_in_use(folder: pathlib.Path) -> None:
-    if folder.is_dir() and not folder.is_symlink() and not any(_listens(path) for path in folder.iterdir()):
+    if folder.is_dir() and not folder.is_symlink() and not any(is_served(str(path)) for path in folder.iterdir()):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _listens(path: pathlib.Path) -> bool:
-    with stdlib_socket.socket(stdlib_socket.AF_UNIX) as probe:
-        probe.settimeout(1.0)
-        try:
-            probe.connect(str(path))
-        except OSError:
-            return False
-    return True
+def _remove_socket_file(endpoint: str) -> None:
+    """ZeroMQ leaves the file of an ipc endpoint behind."""
+    if endpoint.startswith("ipc://"):
+        pathlib.Path(endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
 
 
 def _is_alive(pid: int) -> bool:

@@ -177,3 +177,16 @@ def test_L37_the_runtime_folder_is_short_and_private(tmp_path: pathlib.Path, mon
 @pytest.mark.parametrize("endpoint", ["ipc:///home/user/socket", "tcp://127.0.0.1:80"])
 def test_a_folder_of_somebody_elses_is_no_runtime_folder(endpoint: str) -> None:
     assert runtime_dir_of(endpoint) is None
+
+
+def test_L37_an_ipc_name_in_use_is_not_taken_away(tmp_path: pathlib.Path) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    first, second = new_socket(context, zmq.ROUTER), new_socket(context, zmq.ROUTER)
+    endpoint = f"ipc://{tmp_path}/name"
+    try:
+        (tmp_path / "name").touch()  # what one leaves who ended without removing it
+        bind(first, endpoint)
+        with pytest.raises(ConfigError, match=r"cannot listen on ipc:.* address already in use"):
+            bind(second, endpoint)
+    finally:
+        context.destroy(0)

@@ -1,0 +1,134 @@
+"""Engines for the integration tests: all three processes, a tiny model with random weights, one engine per module."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import psutil
+import pytest
+
+from folovllm import LLM
+from tests.fakes.model_folder import write_model_folder
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+START_TIMEOUT_S = 100.0
+END_TIMEOUT_S = 10.0
+TINY = ("--load-format", "dummy", "--dtype", "float32", "--num-gpu-blocks-override", "257", "--cpu-threads", "1")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return write_model_folder(tmp_path_factory.mktemp("integration") / "tiny")
+
+
+def tiny_llm(folder: pathlib.Path) -> LLM:
+    """An engine of its own for the tiny model: 256 blocks of 16 tokens."""
+    return LLM(folder, load_format="dummy", dtype="float32", num_gpu_blocks_override=257, cpu_threads=1)
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_folder: pathlib.Path) -> Iterator[LLM]:
+    with tiny_llm(tiny_folder) as made:
+        yield made
+
+
+class Daemon:
+    """`folovllm engine` as a process."""
+
+    def __init__(self, folder: pathlib.Path, endpoint: str, *options: str) -> None:
+        self.endpoint = endpoint
+        command = [sys.executable, "-m", "folovllm", "engine", str(folder), "--listen", endpoint, *TINY, *options]
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        self.lines: list[str] = []
+
+    def wait_ready(self) -> None:
+        """Reads what it prints up to the line that says how to connect."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line)
+            if line.startswith("ready"):
+                self.endpoint = line.split("'")[1]
+                return
+        raise AssertionError(f"the engine ended: {self.process.communicate()[1]}")
+
+    def family(self) -> list[psutil.Process]:
+        """Its processes: the command itself, the core, the worker."""
+        own = psutil.Process(self.process.pid)
+        return [own, *own.children(recursive=True)]
+
+    def end(self, number: int) -> tuple[int, str, list[psutil.Process]]:
+        """Sends a signal and waits; returns exit code, stderr, and its processes that outlived it."""
+        family = self.family()
+        self.process.send_signal(number)
+        return self.outcome(family)
+
+    def outcome(self, family: Sequence[psutil.Process]) -> tuple[int, str, list[psutil.Process]]:
+        _, errors = self.process.communicate(timeout=END_TIMEOUT_S)
+        return self.process.returncode, errors, left_of(family)
+
+    def close(self) -> None:
+        """Ends whatever is left, for a test that failed half way."""
+        if self.process.poll() is None:
+            for process in self.family():
+                process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture
+def start_daemon(tiny_folder: pathlib.Path, tmp_path: pathlib.Path) -> Iterator[Callable[..., Daemon]]:
+    """Starts daemons that are gone after the test."""
+    started: list[Daemon] = []
+
+    def start(*options: str, endpoint: str = "") -> Daemon:
+        started.append(Daemon(tiny_folder, endpoint or f"ipc://{tmp_path}/engine{len(started)}", *options))
+        return started[-1]
+
+    yield start
+    for daemon in started:
+        daemon.close()
+
+
+@pytest.fixture(scope="module")
+def daemon(tiny_folder: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    made = Daemon(tiny_folder, f"ipc://{tmp_path_factory.mktemp('daemon')}/engine")
+    try:
+        made.wait_ready()
+        yield made
+    finally:
+        made.close()
+
+
+def left_of(family: Sequence[psutil.Process], timeout_s: float = 5.0) -> list[psutil.Process]:
+    """Those that are still there after the bound that the design promises; they are killed."""
+    _, left = psutil.wait_procs(family, timeout=timeout_s)
+    left = [process for process in left if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    for process in left:
+        process.kill()
+    return left
+
+
+def runtime_dirs(pid: int, base: str = "/tmp") -> list[pathlib.Path]:
+    """Runtime folders of the process `pid`."""
+    return list(pathlib.Path(os.environ.get("TMPDIR", base)).glob(f"folovllm-{pid}-*"))
+
+
+def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> bool:
+    """Asks again and again, within a bound. `condition` is itself a round trip, so this does not spin."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+    return True
+
+
+def is_idle(llm: LLM) -> bool:
+    """No request is left in the core, and all blocks are free."""
+    stats = llm.get_stats()
+    return stats.num_running == stats.num_waiting == stats.tokens_in_use == 0 and (
+        stats.num_free_blocks == stats.num_blocks
+    )
