@@ -3,9 +3,9 @@
 Layout: `data` [num_layers, 2, num_kv_heads, num_blocks, block_size, head_dim], keys before values. A layer's blocks of
 one head are rows of block_size · head_dim contiguous numbers, so a batch's keys *and* values are fetched by one row
 gather, and come out as [heads · requests, tokens, head_dim], the shape of a batched product. Compared with
-`[num_blocks, block_size, num_kv_heads, head_dim]`, which gathers as fast but leaves keys strided, so
-that scaled_dot_product_attention is the fastest way on, attention of 16 requests × 256 tokens takes 0.24 instead of 0.38 ms a
-layer (2 cores, bf16, 9 query and 3 KV heads of 64).
+`[num_blocks, block_size, num_kv_heads, head_dim]`, which gathers as fast but leaves keys strided, so that
+scaled_dot_product_attention is the fastest way on, attention of 16 requests × 256 tokens takes 0.24 instead of 0.38 ms
+a layer (2 cores, bf16, 9 query and 3 KV heads of 64).
 """
 
 import torch
