@@ -131,12 +131,16 @@ def test_another_key_does_not_get_in(tmp_path: pathlib.Path, sockets: Sockets) -
 
 
 def test_an_endpoint_in_use_is_told(tmp_path: pathlib.Path, sockets: Sockets) -> None:
-    key = f"?key={tmp_path}/engine.key"
-    bound, authenticator = bind(sockets(zmq.ROUTER), f"tcp://127.0.0.1:*{key}")
+    bound, authenticator = bind(sockets(zmq.ROUTER), f"tcp://127.0.0.1:*?key={tmp_path}/engine.key")
     assert authenticator is not None
-    authenticator.close()
-    with pytest.raises(ConfigError, match=r"cannot listen on tcp://127.0.0.1:.*in use"):
-        bind(sockets(zmq.ROUTER), bound)
+    other: zmq.Context[zmq.Socket[bytes]] = zmq.Context()  # one context has one authenticator
+    socket = new_socket(other, zmq.ROUTER)
+    try:
+        with pytest.raises(ConfigError, match=r"cannot listen on tcp://127.0.0.1:.*in use"):
+            bind(socket, bound)
+    finally:
+        other.destroy(0)
+        authenticator.close()
 
 
 def test_sending_to_nobody_raises_at_a_router(tmp_path: pathlib.Path, sockets: Sockets) -> None:
