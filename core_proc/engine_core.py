@@ -4,7 +4,7 @@
 """
 
 import time
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -80,11 +80,12 @@ class EngineCore:
         if self._parent.socket in sources:
             self._parent.pass_over_frames()
         self._executor.check(sources, now_s)
-        self._check_when_idle()
+        self._check_when_idle(sources)
 
     def _timeout_ms(self) -> int | None:
         """None where nothing can become due without a frame: then the process sleeps."""
-        return _TICK_MS if len(self._frontends) or self._executor.num_in_flight else None
+        is_due = len(self._frontends) or self._executor.num_in_flight or not self._is_checked
+        return _TICK_MS if is_due else None
 
     def _receive(self, now_s: float) -> None:
         for frontend, message in self._frontends.receive():
@@ -175,11 +176,11 @@ class EngineCore:
             tokens_in_use=scheduler.num_tokens_in_use,
         )
 
-    def _check_when_idle(self) -> None:
-        """Checks the invariants once, each time the engine has run out of work."""
+    def _check_when_idle(self, sources: list[Any]) -> None:
+        """Checks the invariants once when the engine has had no work for a second: many blocks take time."""
         if self._scheduler.has_unfinished:
             self._is_checked = False
-        elif not self._is_checked:
+        elif not sources and not self._is_checked:
             self._is_checked = True
             try:
                 self._scheduler.check_invariants()

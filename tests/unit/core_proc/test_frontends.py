@@ -4,7 +4,6 @@ import itertools
 
 import numpy as np
 import pytest
-import zmq
 
 from folovllm.common.messages.core_worker import SamplingRow
 from folovllm.common.messages.frontend_core import (
@@ -18,38 +17,14 @@ from folovllm.common.messages.frontend_core import (
     Welcome,
 )
 from folovllm.common.messages.lifecycle import PROTOCOL_VERSION, BadFrame, Hello
-from folovllm.common.transport import Decoder, encode
+from folovllm.common.transport import encode
 from folovllm.core_proc.frontends import Frontends
 from folovllm.core_proc.request import Request, RequestStatus
 from folovllm.core_proc.scheduler import StepOutcome
+from tests.fakes.fake_router import FakeRouter
 
 WELCOME = Welcome("m", 64, 100, 4, 10, 2, "fake", "float32", "0")
 HELLO = Hello("frontend", PROTOCOL_VERSION, 12, "peer")
-
-
-class FakeRouter:
-    """A ROUTER socket: `incoming` is what peers have sent, `sent` what they got; peers in `gone` cannot be reached."""
-
-    def __init__(self) -> None:
-        self.incoming: list[list[bytes]] = []
-        self.sent: list[tuple[bytes, CoreToFrontend]] = []
-        self.gone: set[bytes] = set()
-        self._decoder: Decoder[CoreToFrontend] = Decoder(CoreToFrontend)
-
-    def recv_multipart(self, _flags: int) -> list[bytes]:
-        if not self.incoming:
-            raise zmq.Again
-        return self.incoming.pop(0)
-
-    def send_multipart(self, frames: list[bytes], _flags: int) -> None:
-        identity, frame = frames
-        if identity in self.gone:
-            raise zmq.ZMQError(zmq.EHOSTUNREACH)
-        self.sent.append((identity, self._decoder.decode(frame)))
-
-    def take(self) -> list[tuple[bytes, CoreToFrontend]]:
-        sent, self.sent = self.sent, []
-        return sent
 
 
 @pytest.fixture

@@ -1,0 +1,187 @@
+"""The loop's order: what one turn does before what, when it sleeps, and that it never has too many steps in flight."""
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from folovllm.common.log import ROOT_NAME
+from folovllm.common.messages.core_worker import ModelRunnerOutput, SchedulerOutput
+from folovllm.common.messages.frontend_core import AddRequests, EngineCoreOutputs, Welcome
+from folovllm.common.messages.lifecycle import PROTOCOL_VERSION, Hello
+from folovllm.common.transport import encode
+from folovllm.core_proc.admission import Admission
+from folovllm.core_proc.block_pool import BlockPool
+from folovllm.core_proc.engine_core import EngineCore
+from folovllm.core_proc.frontends import Frontends
+from folovllm.core_proc.kv_cache_manager import KVCacheManager
+from folovllm.core_proc.request_queue import RequestQueue
+from folovllm.core_proc.scheduler import Scheduler
+from tests.fakes.fake_frontend import make_request
+from tests.fakes.fake_router import FakeRouter
+from tests.fakes.fake_worker import FakeModel
+
+BLOCK_SIZE = 4
+
+
+class FakeWaiter:
+    """Gives the sources that the test put there; keeps the time-outs it was asked to wait with."""
+
+    def __init__(self) -> None:
+        self.sources: list[object] = []
+        self.timeouts: list[int | None] = []
+
+    def wait(self, timeout_ms: int | None) -> list[object]:
+        self.timeouts.append(timeout_ms)
+        return self.sources
+
+
+class FakeExecutor:
+    """A worker that answers when it is collected from; `events` is shared with the router's log of sends."""
+
+    def __init__(self, events: list[str]) -> None:
+        self.socket = object()
+        self.steps: list[SchedulerOutput] = []
+        self._model = FakeModel(BLOCK_SIZE)
+        self._events = events
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self.steps)
+
+    def submit(self, step: SchedulerOutput, _now_s: float) -> None:
+        self._events.append("submit")
+        self.steps.append(step)
+
+    def collect(self) -> Iterator[ModelRunnerOutput]:
+        yield self._model.execute(self.steps.pop(0))
+
+    def check(self, _sources: list[object], _now_s: float) -> None:
+        assert len(self.steps) <= 2
+
+
+class LoggingRouter(FakeRouter):
+    def __init__(self, events: list[str]) -> None:
+        super().__init__()
+        self._events = events
+
+    def send_multipart(self, frames: list[bytes], _flags: int) -> None:
+        super().send_multipart(frames, _flags)
+        self._events.append(type(self.sent[-1][1]).__name__)
+
+
+class FakeParentLink:
+    socket = object()
+
+
+class Turns:
+    """An engine of fakes and what it did."""
+
+    def __init__(self, depth: int) -> None:
+        self.events: list[str] = []
+        self.waiter, self.router, self.executor = FakeWaiter(), LoggingRouter(self.events), FakeExecutor(self.events)
+        self.pool = BlockPool(64)
+        self.scheduler = Scheduler(
+            kv_cache_manager=KVCacheManager(self.pool, BLOCK_SIZE),
+            queue=RequestQueue("fcfs"),
+            max_num_seqs=4,
+            max_num_batched_tokens=64,
+            max_model_len=128,
+        )
+        admission = Admission(
+            max_model_len=128,
+            num_valid_token_ids=1000,
+            num_pool_tokens=63 * BLOCK_SIZE,
+            max_num_seqs=4,
+            max_num_queued_reqs=10,
+            max_num_queued_tokens=None,
+        )
+        welcome = Welcome("m", 128, 1000, BLOCK_SIZE, 63, 4, "fake", "float32", "0")
+        self.engine = EngineCore(
+            waiter=self.waiter,  # type: ignore[arg-type]
+            parent=FakeParentLink(),  # type: ignore[arg-type]
+            frontends=Frontends(self.router, welcome),  # type: ignore[arg-type]
+            admission=admission,
+            scheduler=self.scheduler,
+            executor=self.executor,  # type: ignore[arg-type]
+            pool=self.pool,
+            pipeline_depth=depth,
+        )
+
+    def turn(self, *sources: object) -> list[str]:
+        """One step with these sources readable; what was submitted and sent, Pings left out."""
+        self.events.clear()
+        self.waiter.sources = list(sources)
+        self.engine.step()
+        return [event for event in self.events if event != "Ping"]
+
+    def connect(self) -> None:
+        self.router.incoming.append([b"a", encode(Hello("frontend", PROTOCOL_VERSION, 1, "a"))])
+        assert self.turn(self.router) == ["Welcome"]
+
+    def add(self, number: int, max_tokens: int) -> None:
+        request = make_request(number, [1, 2, 3], max_tokens, stream=True)
+        self.router.incoming.append([b"a", encode(AddRequests([request]))])
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_next_step_goes_out_before_the_outputs(depth: int) -> None:
+    turns = Turns(depth)
+    turns.connect()
+    turns.add(1, 5)
+    assert turns.turn(turns.router) == ["submit"] * depth
+    assert turns.turn(turns.executor.socket) == ["submit", "EngineCoreOutputs"]
+    assert turns.executor.num_in_flight == depth
+
+
+def test_a_new_request_joins_while_steps_are_in_flight() -> None:
+    turns = Turns(2)
+    turns.connect()
+    turns.add(1, 9)
+    turns.turn(turns.router)
+    turns.add(2, 9)
+    assert turns.turn(turns.router) == []  # two are in flight
+    assert turns.turn(turns.executor.socket) == ["submit", "EngineCoreOutputs"]
+    assert turns.executor.steps[-1].new_requests
+
+
+def test_the_process_sleeps_without_a_bound_only_where_nothing_can_become_due() -> None:
+    turns = Turns(2)
+    turns.turn()
+    turns.connect()
+    turns.turn()
+    turns.add(1, 5)
+    turns.turn(turns.router)
+    turns.turn()
+    assert turns.waiter.timeouts == [None, None, 1000, 1000, 1000]
+
+
+def test_invariants_are_checked_once_after_a_quiet_second(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = Turns(1)
+    turns.connect()
+    turns.add(1, 1)
+    turns.turn(turns.router)
+    assert turns.turn(turns.executor.socket) == ["EngineCoreOutputs"]
+    turns.pool.allocate(1)  # a block that no request holds
+    monkeypatch.setattr(logging.getLogger(ROOT_NAME), "propagate", True)
+    turns.turn(turns.router)  # not quiet
+    assert not caplog.records
+    turns.turn()
+    turns.turn()
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert "do not add up" in caplog.text
+
+
+def test_what_needs_no_step_is_answered_at_once() -> None:
+    turns = Turns(1)
+    turns.connect()
+    turns.add(1, 0)
+    turns.add(2, -1)
+    assert turns.turn(turns.router) == ["EngineCoreOutputs"] * 2
+    first, second = (message for _, message in turns.router.sent[-2:])
+    assert isinstance(first, EngineCoreOutputs)
+    assert isinstance(second, EngineCoreOutputs)
+    assert first.finished[0].finish_reason == "length"
+    assert second.rejected[0].field == "max_tokens"
