@@ -49,9 +49,9 @@ def test_a_gpu_takes_all_it_may() -> None:
         (GIB, {"kv_cache_memory_gb": 0.001}, "kv_cache_memory_gb leaves room for 1 KV blocks"),
     ],
 )
-def test_too_little_is_refused_with_the_options_at_fault(usable: int, options: dict[str, object], message: str) -> None:
+def test_too_little_is_refused_with_the_options_at_fault(usable: int, options: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        decide(usable, **options)
+        decide(usable, MIB, is_cpu=True, kv_cache_memory_gb=options.get("kv_cache_memory_gb"))
 
 
 def test_more_than_there_is_is_refused() -> None:

@@ -199,8 +199,8 @@ def test_after_300_random_steps_the_rows_are_those_of_a_rebuilt_state() -> None:
         assert states.host_integers[slots, NUM_PROMPT].tolist() == states.integers[slots, NUM_PROMPT].tolist()
 
 
-def snapshot(states: RequestStates) -> list[list[object]]:
+def snapshot(states: RequestStates) -> list[object]:
     tensors = (states.token_ids, states.num_computed, states.block_table, states.floats, states.integers)
     counts = states.counts
     arrays = (counts.num_tokens, counts.num_computed, counts.num_blocks, states.host_floats, states.host_integers)
-    return [*(tensor.tolist() for tensor in tensors), *(array.tolist() for array in arrays)]
+    return [tensor.tolist() for tensor in tensors] + [array.tolist() for array in arrays]
