@@ -17,6 +17,7 @@ from folovllm.common.messages.core_worker import NewRequest, SamplingRow, Schedu
 Ids = npt.NDArray[np.int64]
 
 _INT32_BYTES: Final = 4
+_NONE: Final = np.zeros(0, np.int64)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -135,11 +136,17 @@ def read_step(step: SchedulerOutput, counts: SlotCounts, limits: StepLimits) -> 
         query_lens,
         num_decodes,
         new_rows,
-        BlockEntries(*(np.concatenate(pair) for pair in zip(appended, replaced, strict=True))),
+        _joined(appended, replaced),
         sources,
         destinations,
         counts,
     )
+
+
+def _joined(appended: tuple[Ids, Ids, Ids], replaced: tuple[Ids, Ids, Ids]) -> BlockEntries:
+    if len(replaced[0]) == 0:  # nearly always
+        return BlockEntries(*appended)
+    return BlockEntries(*(np.concatenate(pair) for pair in zip(appended, replaced, strict=True)))
 
 
 def _read_new(request: NewRequest, limits: StepLimits) -> NewRow:
@@ -182,10 +189,10 @@ def _count_new(new_rows: list[NewRow], counts: SlotCounts) -> None:
 
 def _read_appended(step: SchedulerOutput, counts: SlotCounts, limits: StepLimits) -> tuple[Ids, Ids, Ids]:
     """Slots, columns and ids of appended blocks; counts them."""
+    if not step.append_slots and not step.append_block_ids:
+        return _NONE, _NONE, _NONE
     slots, ids = _ints(step.append_slots, "append_slots"), _ints(step.append_block_ids, "append_block_ids")
     _check(len(slots) == len(ids), f"append_slots has {len(slots)} entries, append_block_ids {len(ids)}")
-    if len(slots) == 0:
-        return slots, slots, ids
     _check_range(slots, 0, limits.num_slots, "append_slots")
     _check_range(ids, 1, limits.num_blocks, "append_block_ids")
     columns = counts.num_blocks[slots] + _occurrences_before(slots)
@@ -206,6 +213,8 @@ def _occurrences_before(values: Ids) -> Ids:
 
 def _read_replaced(step: SchedulerOutput, counts: SlotCounts, limits: StepLimits) -> tuple[Ids, Ids, Ids]:
     """Slots, columns and new ids of replaced entries."""
+    if not step.replace_slots and not step.replace_entries:
+        return _NONE, _NONE, _NONE
     slots, pairs = _ints(step.replace_slots, "replace_slots"), _ints(step.replace_entries, "replace_entries")
     _check(2 * len(slots) == len(pairs), f"replace_entries has {len(pairs)} entries for {len(slots)} replace_slots")
     columns, ids = pairs[0::2], pairs[1::2]
@@ -217,6 +226,8 @@ def _read_replaced(step: SchedulerOutput, counts: SlotCounts, limits: StepLimits
 
 
 def _read_copies(step: SchedulerOutput, limits: StepLimits) -> tuple[Ids, Ids]:
+    if not step.block_copies:
+        return _NONE, _NONE
     pairs = _ints(step.block_copies, "block_copies")
     _check(len(pairs) % 2 == 0, "block_copies has an odd number of entries")
     _check_range(pairs, 1, limits.num_blocks, "block_copies")
