@@ -50,11 +50,12 @@ def write_model_folder(
     if generation_config is not None:
         (folder / "generation_config.json").write_text(json.dumps(generation_config))
     if with_tokenizer:
-        _write_tokenizer(folder)
+        write_tokenizer(folder)
     return folder
 
 
-def _write_tokenizer(folder: pathlib.Path) -> None:
+def write_tokenizer(folder: pathlib.Path) -> None:
+    """Adds the tokenizer to a folder: bytes, three special tokens and a chat template."""
     backend = byte_level_backend(_byte_vocabulary())
     specials = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
     backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in specials])

@@ -7,8 +7,9 @@ import torch
 import transformers
 
 from folovllm import LLM, SamplingParams
+from tests.fakes.model_folder import NUM_IDS, write_tokenizer
 from tests.fakes.oracle import GreedyOracle, random_prompts
-from tests.fakes.tiny_models import FAMILIES, VOCAB_SIZE, make_model
+from tests.fakes.tiny_models import FAMILIES, make_model
 
 pytestmark = pytest.mark.gpu
 
@@ -23,9 +24,10 @@ def answers(llm: LLM, prompts: list[list[int]], params: SamplingParams = GREEDY)
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_float32_greedy_equals_transformers(tmp_path: pathlib.Path, family: str) -> None:
-    folder = make_model(tmp_path / "model", family)
+    folder = make_model(tmp_path / "model", family, vocab_size=NUM_IDS)
+    write_tokenizer(folder)
     oracle = GreedyOracle(folder, "cuda")
-    prompts = random_prompts(VOCAB_SIZE, LENGTHS)
+    prompts = random_prompts(NUM_IDS, LENGTHS)
     for options in ({}, {"pipeline_depth": 1}, {"num_gpu_blocks_override": 14, "max_num_batched_tokens": 256}):
         with LLM(str(folder), dtype="float32", device="cuda", gpu_memory_utilization=0.2, **options) as llm:
             for prompt, answer in zip(prompts, answers(llm, prompts), strict=True):
@@ -34,8 +36,9 @@ def test_float32_greedy_equals_transformers(tmp_path: pathlib.Path, family: str)
 
 
 def test_seeded_samples_do_not_depend_on_the_batch(tmp_path: pathlib.Path) -> None:
-    folder = make_model(tmp_path / "model", "qwen3")
-    prompts = random_prompts(VOCAB_SIZE, LENGTHS)
+    folder = make_model(tmp_path / "model", "qwen3", vocab_size=NUM_IDS)
+    write_tokenizer(folder)
+    prompts = random_prompts(NUM_IDS, LENGTHS)
     seeded = SamplingParams(temperature=1.0, seed=7, top_k=50, top_p=0.95, max_tokens=NUM_TOKENS, ignore_eos=True)
     with LLM(str(folder), dtype="float32", device="cuda", gpu_memory_utilization=0.2) as llm:
         together = answers(llm, prompts, seeded)
@@ -60,10 +63,11 @@ def test_bfloat16_of_the_reference_shape_agrees_up_to_ties(tmp_path: pathlib.Pat
     with torch.device("cuda"):
         model = transformers.Qwen3ForCausalLM(config)
     model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    write_tokenizer(tmp_path / "model")
     del model
     torch.cuda.empty_cache()
     oracle = GreedyOracle(tmp_path / "model", "cuda")
-    prompts = random_prompts(151_000, [1, 16, 100, 700])
+    prompts = random_prompts(NUM_IDS, [1, 16, 100, 700])
     with LLM(str(tmp_path / "model"), device="cuda", gpu_memory_utilization=0.5, max_num_batched_tokens=512) as llm:
         for prompt, answer in zip(prompts, answers(llm, prompts), strict=True):
             oracle.check(prompt, answer, tie_gap=0.05)

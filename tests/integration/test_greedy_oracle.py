@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import pytest
 
 from folovllm import LLM, SamplingParams
+from tests.fakes.model_folder import NUM_IDS, write_tokenizer
 from tests.fakes.oracle import GreedyOracle, random_prompts, varied_prompts
-from tests.fakes.tiny_models import FAMILIES, ROPES, VOCAB_SIZE, make_model
+from tests.fakes.tiny_models import FAMILIES, ROPES, make_model
 
 NUM_TOKENS = 48
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
@@ -55,15 +56,18 @@ TINY = [("qwen3", rope) for rope in ROPES] + [(family, "default") for family in 
 
 @pytest.mark.parametrize(("family", "rope"), TINY)
 def test_tiny_models_however_they_are_run(tmp_path: pathlib.Path, family: str, rope: str) -> None:
-    folder = make_model(tmp_path / "model", family, rope=rope)
+    folder = make_model(tmp_path / "model", family, rope=rope, vocab_size=NUM_IDS)
+    write_tokenizer(folder)
     oracle = GreedyOracle(folder)
-    prompts = random_prompts(VOCAB_SIZE, [1, 2, 15, 16, 17, 31, 33, 64, 79])
+    prompts = random_prompts(NUM_IDS, [1, 2, 15, 16, 17, 31, 33, 64, 79])
     found = []
     for options in ({"pipeline_depth": 2}, {"pipeline_depth": 1}):
         with LLM(str(folder), dtype="float32", num_gpu_blocks_override=256, **options) as llm:
             found.append(answers(llm, prompts))
             found.append([answers(llm, [prompt])[0] for prompt in prompts])
-    with LLM(str(folder), dtype="float32", num_gpu_blocks_override=14, max_num_batched_tokens=24, max_num_seqs=8) as llm:
+    with LLM(
+        str(folder), dtype="float32", num_gpu_blocks_override=14, max_num_batched_tokens=24, max_num_seqs=8
+    ) as llm:
         found.append(answers(llm, prompts))
         assert llm.get_stats().num_preemptions_total > 0
     for way in found:
