@@ -32,6 +32,7 @@ _HELP = """\
   /help    this list
 Ctrl-C stops an answer."""
 _PROMPT = "you> "
+_TEMPERATURE = 0.2  # small models ramble at 1.0; 0.2 is what SmolLM2's authors use
 
 
 @click.command(cls=GroupedCommand, examples=_EXAMPLES)
@@ -47,7 +48,8 @@ def chat(model: str | None, engine: str | None, quick: str | None, ask: tuple[st
     """Talks with MODEL. Answers are streamed; the conversation is remembered.
 
     Commands within the conversation: /clear, /stats, /exit, /help. Ctrl-C stops an answer. Without a terminal on
-    standard input, its lines are the questions.
+    standard input, its lines are the questions. Where neither you nor the model says how to sample, the temperature
+    is 0.2.
     """
     if model is None and engine is None:
         raise click.UsageError("give a MODEL (a folder, a hub id or 'demo'), or --engine ENDPOINT")
@@ -57,7 +59,7 @@ def chat(model: str | None, engine: str | None, quick: str | None, ask: tuple[st
 
     params = taken_sampling_params(given, max_tokens=None)
     with LLM(model, tokenizer=given["tokenizer"], engine=engine, **taken_engine_options(given)) as llm:
-        conversation = Conversation(llm, params, given["system"])
+        conversation = Conversation(llm, _for_chat(params, llm), given["system"])
         if quick is not None:
             if not conversation.answer(quick):
                 raise KeyboardInterrupt
@@ -136,6 +138,19 @@ class Conversation:
             f"{stats.num_blocks - stats.num_free_blocks} of {stats.num_blocks} KV blocks in use, "
             f"{stats.num_prompt_tokens_total} prompt and {stats.num_output_tokens_total} output tokens so far"
         )
+
+
+def _for_chat(params: "SamplingParams", llm: "LLM") -> "SamplingParams":
+    """Lowers the temperature where neither the user nor the model's generation_config.json says how to sample."""
+    import msgspec
+
+    from folovllm.common.sampling_params import SamplingParams
+
+    neutral = SamplingParams(temperature=1.0, top_k=-1, top_p=1.0, min_p=0.0)
+    chosen = (params.temperature, params.top_k, params.top_p, params.min_p)
+    if llm.get_default_sampling_params() != neutral or chosen != (None, None, None, None):
+        return params
+    return msgspec.structs.replace(params, temperature=_TEMPERATURE)
 
 
 def _talk(conversation: Conversation, read: Callable[[], str | None]) -> None:

@@ -131,6 +131,14 @@ def test_chat_quick_answers_and_exits(folo: Run, core: FakeCore) -> None:
     assert request.stream
 
 
+@pytest.mark.parametrize("args, temperature", [((), 0.2), (("--temperature", "0.9"), 0.9), (("--top-k", "5"), 1.0)])
+def test_chat_lowers_the_temperature_only_where_nobody_chose(
+    folo: Run, core: FakeCore, args: tuple[str, ...], temperature: float
+) -> None:
+    assert folo("chat", "--quick", "hi", "--max-tokens", "1", *args)[0] == 0
+    assert core.requests[0].sampling.temperature == temperature
+
+
 def test_chat_without_terminal_reads_lines_and_remembers(folo: Run, core: FakeCore) -> None:
     lines = "one\n/stats\n/clear\ntwo\n/bogus\n/help\n/exit\nnever\n"
     code, out, err = folo("chat", "--system", "S", "--max-tokens", "2", stdin=lines)
