@@ -61,19 +61,20 @@ def random_prompts(vocab_size: int, lengths: Sequence[int], seed: int = 0) -> li
 
 
 class GreedyOracle:
-    """transformers' model of `folder` in float32 on `device`."""
+    """transformers' model of `folder` in float32 on `device`, choosing among the first `num_ids` ids (None: all)."""
 
-    def __init__(self, folder: pathlib.Path, device: str = "cpu") -> None:
+    def __init__(self, folder: pathlib.Path, device: str = "cpu", num_ids: int | None = None) -> None:
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self._model = loaded.eval().to(device)
         self._device = device
+        self._num_ids = num_ids
 
     @torch.inference_mode()
     def check(self, prompt: Sequence[int], answer: Sequence[int], tie_gap: float = TIE_GAP) -> None:
         """Raises AssertionError unless every token of `answer` is transformers' choice, or ties with it."""
         assert answer, "an empty answer shows nothing"
         ids = torch.tensor([[*prompt, *answer]], device=self._device)
-        logits = self._model(ids).logits[0, len(prompt) - 1 : -1].float().cpu()
+        logits = self._model(ids).logits[0, len(prompt) - 1 : -1, : self._num_ids].float().cpu()
         chosen = torch.tensor(answer)
         best, best_ids = logits.max(dim=-1)
         gaps = best - logits.gather(1, chosen[:, None])[:, 0]

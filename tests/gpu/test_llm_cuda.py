@@ -66,7 +66,7 @@ def test_bfloat16_of_the_reference_shape_agrees_up_to_ties(tmp_path: pathlib.Pat
     write_tokenizer(tmp_path / "model")
     del model
     torch.cuda.empty_cache()
-    oracle = GreedyOracle(tmp_path / "model", "cuda")
+    oracle = GreedyOracle(tmp_path / "model", "cuda", NUM_IDS)
     prompts = random_prompts(NUM_IDS, [1, 16, 100, 700])
     with LLM(str(tmp_path / "model"), device="cuda", gpu_memory_utilization=0.5, max_num_batched_tokens=512) as llm:
         for prompt, answer in zip(prompts, answers(llm, prompts), strict=True):
