@@ -26,9 +26,9 @@ def random_prompts(prompt_lens: Sequence[int], seed: int) -> list[list[int]]:
 
 
 def mixed_lengths(num_requests: int, seed: int) -> list[Lengths]:
-    """A mix like a chat service's: prompts of 16 to 1,024 tokens, answers of 16 to 512, short ones more often."""
+    """A mix like a chat service's: prompts of 16 to 1,024 tokens, answers of 16 to 256, short ones more often."""
     generator = random.Random(seed)
-    return [Lengths(int(2 ** generator.uniform(4, 10)), int(2 ** generator.uniform(4, 9))) for _ in range(num_requests)]
+    return [Lengths(int(2 ** generator.uniform(4, 10)), int(2 ** generator.uniform(4, 8))) for _ in range(num_requests)]
 
 
 def exactly(num_tokens: int) -> SamplingParams:
