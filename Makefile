@@ -26,7 +26,7 @@ lint: $(VENV)/.dev ## ruff, mypy (strict, tests too) and the import contracts
 	$(BIN)/lint-imports --no-logo
 
 bench: $(VENV)/.dev ## The milestones' figures: tables, JSON and plots
-	$(BIN)/python bench/milestones.py
+	$(BIN)/python -m bench.milestones
 
 docs: $(VENV)/.dev ## Checks the Markdown pages: links, headings, and the stops of the request's life
 	$(BIN)/python -m pytest --quiet tests/unit/house/test_docs.py

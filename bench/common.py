@@ -38,7 +38,7 @@ def write_json(name: str, data: dict[str, Any]) -> pathlib.Path:
     """Writes `bench/results/<name>.json`: the machine, the command that was run, and `data`."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
-    command = " ".join(["python", f"bench/{pathlib.Path(sys.argv[0]).name}", *sys.argv[1:]])
+    command = " ".join(["python -m", f"bench.{pathlib.Path(sys.argv[0]).stem}", *sys.argv[1:]])
     content = {"machine": machine(), "command": command, **data}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {path.relative_to(RESULTS.parent.parent)}")

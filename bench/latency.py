@@ -2,7 +2,7 @@
 
 Run it as
 
-    python bench/latency.py --prompt-len 128 --output-len 128
+    python -m bench.latency --prompt-len 128 --output-len 128
 """
 
 import itertools

@@ -6,8 +6,8 @@ Three of them; `--only` chooses.
     M2  requests one by one against continuous batching, 1 to 64 of them; at 16 also against transformers' generate
     M3  KV memory: contiguous reservation against paged blocks
 
-    python bench/milestones.py            all three (minutes)
-    python bench/milestones.py --only M2
+    python -m bench.milestones            all three (minutes)
+    python -m bench.milestones --only M2
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 A section stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; one without a result is left as it is. Run it as
 
-    python bench/report.py
+    python -m bench.report
 """
 
 import argparse

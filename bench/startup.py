@@ -3,7 +3,7 @@
 Every measurement is a process of its own, since only a first import and a first start count. The engine's table
 must explain all but 0.3 s of the time to the first token. Run it as
 
-    python bench/startup.py --model demo
+    python -m bench.startup --model demo
 """
 
 import json

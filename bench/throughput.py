@@ -2,8 +2,8 @@
 
 Run it as
 
-    python bench/throughput.py --num-requests 1 4 16 64 --prompt-len 128 --output-len 128
-    python bench/throughput.py --num-requests 64 --mixed
+    python -m bench.throughput --num-requests 1 4 16 64 --prompt-len 128 --output-len 128
+    python -m bench.throughput --num-requests 64 --mixed
 """
 
 import statistics
