@@ -7,6 +7,7 @@ is new for it when its consumer asks: a slow consumer gets fewer, longer outputs
 import asyncio
 import os
 import time
+import weakref
 from collections.abc import AsyncGenerator
 from types import TracebackType
 from typing import Unpack
@@ -16,6 +17,7 @@ from folovllm.common.messages.frontend_core import EngineCoreOutputs, EngineStat
 from folovllm.common.sampling_params import SamplingParams
 from folovllm.frontend.chat_request import ChatOptions, Conversation, render
 from folovllm.frontend.engine_options import EngineOptions, check_names
+from folovllm.frontend.engine_process import close_in_owner
 from folovllm.frontend.input_processor import Prompt, Request
 from folovllm.frontend.opening import open_engine
 from folovllm.frontend.output_processor import RequestState
@@ -44,6 +46,7 @@ class AsyncLLM:
         """Starts or dials the engine; arguments and errors are those of `LLM`."""
         check_names(options, "AsyncLLM")
         self._open = open_engine(model, tokenizer, engine, options)
+        self._finalizer = weakref.finalize(self, close_in_owner, self._open, os.getpid())
         self._loop: asyncio.AbstractEventLoop | None = None
         self._failure: FoloVLLMError | None = None
         self._states: list[RequestState] = []  # in the order of arrival
@@ -64,7 +67,7 @@ class AsyncLLM:
         if self._loop is not None:
             self._unwatch(self._loop)
         self._fail(EngineDeadError("this AsyncLLM was closed"))
-        self._open.close()
+        self._finalizer()
 
     @property
     def startup(self) -> StartupReport:

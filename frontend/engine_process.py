@@ -14,6 +14,7 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Callable
+from typing import Protocol
 
 import zmq
 
@@ -50,7 +51,7 @@ class EngineProcess:
     def __init__(self, module: str = _CORE_MODULE) -> None:
         """Starts `python -m module`; `wait_ready` tells it what to be. Raises EngineStartError."""
         self._resources = contextlib.ExitStack()
-        self._finalizer = weakref.finalize(self, _close_in_owner, self._resources, os.getpid())
+        self._finalizer = weakref.finalize(self, close_in_owner, self._resources, os.getpid())
         try:
             self._start(module)
         except BaseException as error:
@@ -154,8 +155,12 @@ class EngineProcess:
         self._finalizer()
 
 
-def _close_in_owner(resources: contextlib.ExitStack, owner: int) -> None:
-    """In a fork of the process that owns them, the resources are another's and stay."""
+class _Closable(Protocol):
+    def close(self) -> None: ...
+
+
+def close_in_owner(resources: _Closable, owner: int) -> None:
+    """What finalizers call: in a fork of the process `owner`, the resources are another's and stay."""
     if os.getpid() == owner:
         resources.close()
 

@@ -7,6 +7,7 @@ are open beside it), until its own requests are done. A lock lets one thread do 
 import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from types import TracebackType
@@ -18,6 +19,7 @@ from folovllm.common.sampling_params import SamplingParams
 from folovllm.frontend.batch import Batch
 from folovllm.frontend.chat_request import ChatOptions, Conversation, render, render_many
 from folovllm.frontend.engine_options import EngineOptions, check_names
+from folovllm.frontend.engine_process import close_in_owner
 from folovllm.frontend.input_processor import Prompt, Request
 from folovllm.frontend.opening import open_engine
 from folovllm.frontend.output_processor import RequestState
@@ -67,8 +69,8 @@ class LLM:
         """
         check_names(options, "LLM")
         self._open = open_engine(model, tokenizer, engine, options)
+        self._finalizer = weakref.finalize(self, close_in_owner, self._open, os.getpid())
         self._lock = threading.RLock()
-        self._closed = False
         self._next_id = 0
         self._next_ticket = 0
         self._stats: dict[int, EngineStats] = {}
@@ -86,10 +88,9 @@ class LLM:
     def close(self) -> None:
         """Ends the engine if it is the LLM's own, else hangs up. May be called again."""
         with self._lock:
-            if not self._closed:
-                self._closed = True
+            if self._finalizer.alive:
                 self._open.outputs.fail_all(EngineDeadError("this LLM was closed"))
-                self._open.close()
+                self._finalizer()
 
     @property
     def startup(self) -> StartupReport:
@@ -242,7 +243,7 @@ class LLM:
         return self.stream(render(self._open.chat, messages, template), sampling_params, priority=priority)
 
     def _check_open(self) -> None:
-        if self._closed:
+        if not self._finalizer.alive:
             raise EngineDeadError("this LLM was closed")
 
     def _send(self, requests: Sequence[Request], states: list[RequestState], *, stream: bool) -> None:
@@ -280,7 +281,7 @@ class LLM:
     def _abort(self, states: Sequence[RequestState]) -> None:
         """Drops what is left of these requests, here and in the core."""
         numbers = [number for state in states for number in self._open.outputs.forget(state)]
-        if numbers and not self._closed:
+        if numbers and self._finalizer.alive:
             self._open.client.abort(numbers)
 
     def _abort_abandoned(self) -> None:

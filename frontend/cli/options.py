@@ -77,7 +77,11 @@ ENGINE_OPTIONS: tuple[_Spec, ...] = (
     ("max_num_queued_tokens", int, "Bound on the prompt tokens of waiting requests [none]."),
     ("attention_backend", click.Choice(["auto", "torch_naive", "paged"]), "Attention implementation [auto]."),
     ("cpu_threads", int, "Threads of a worker on the CPU [physical cores]."),
-    ("log_level", click.Choice(["debug", "info", "warning", "error"]), "Log lines on stderr [warning]."),
+    (
+        "log_level",
+        click.Choice(["debug", "info", "warning", "error"]),
+        "Log level [warning; 'engine': info].",
+    ),
 )
 
 SAMPLING_OPTIONS: tuple[_Spec, ...] = (

@@ -145,6 +145,8 @@ from folovllm import LLM, SamplingParams
 llm = LLM(sys.argv[1], load_format="dummy", dtype="float32", num_gpu_blocks_override=64, cpu_threads=1)
 output = llm.generate("abc", SamplingParams(max_tokens=3, temperature=0, ignore_eos=True), use_tqdm=False)[0]
 print(list(output.outputs[0].token_ids))
+stream = llm.stream("abc", SamplingParams(max_tokens=400, ignore_eos=True))  # still open at the end
+next(stream)
 """
 
 
@@ -153,7 +155,7 @@ def test_L37_a_script_on_stdin_with_a_long_tmpdir(tiny_folder: pathlib.Path, tmp
     long = tmp_path / ("t" * 120)
     long.mkdir()
     done = subprocess.run(
-        [sys.executable, "-", str(tiny_folder)],
+        [sys.executable, "-X", "dev", "-", str(tiny_folder)],
         input=SCRIPT,
         capture_output=True,
         text=True,
@@ -163,6 +165,8 @@ def test_L37_a_script_on_stdin_with_a_long_tmpdir(tiny_folder: pathlib.Path, tmp
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    assert "Unclosed" not in done.stderr
+    assert "Exception ignored" not in done.stderr
     greedy = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
     assert done.stdout.strip() == str(llm.generate(ids_of("abc"), greedy, use_tqdm=False)[0].outputs[0].token_ids)
     assert list(long.iterdir()) == []
