@@ -21,6 +21,8 @@ AttentionBackendName = Literal["auto", "torch_naive", "paged"]
 MAX_SLOTS = 65536
 MAX_PIPELINE_DEPTH = 2
 
+_OMP_SPIN_COUNT = "1000"  # about 20 µs
+
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All options of one engine. Sent by whoever starts the core, passed on by the core to its workers.
@@ -135,9 +137,12 @@ def default_log_level() -> str:
 def child_environment(package_parent: str) -> dict[str, str]:
     """This process's environment, with the folder that holds the package first on PYTHONPATH.
 
-    A child must find the very package that started it, whatever the working directory is.
+    A child must find the very package that started it, whatever the working directory is. Threads of a parallel region
+    that wait for each other spin for a moment only, then sleep: libgomp's default of some milliseconds makes a step 8
+    to 13 times slower as soon as another process wants one of the cores (`docs/performance.md`). Settings of the user's
+    own are kept.
     """
-    environment = dict(os.environ)
+    environment = {"GOMP_SPINCOUNT": _OMP_SPIN_COUNT} | dict(os.environ)
     rest = environment.get("PYTHONPATH")
     environment["PYTHONPATH"] = os.pathsep.join([package_parent, rest] if rest else [package_parent])
     return environment
