@@ -35,7 +35,7 @@ _PROMPT = "you> "
 _TEMPERATURE = 0.2  # small models ramble at 1.0; 0.2 is what SmolLM2's authors use
 
 
-@click.command(cls=GroupedCommand, examples=_EXAMPLES)
+@click.command(cls=GroupedCommand, examples=_EXAMPLES, short_help="Talks with MODEL in the terminal.")
 @click.argument("model", required=False)
 @option("Conversation", "--engine", default=None, metavar="ENDPOINT", help="Use a running engine; MODEL is not needed.")
 @option("Conversation", "--quick", default=None, metavar="QUESTION", help="Answer this question and exit.")

@@ -19,7 +19,7 @@ _EXAMPLES = (
 )
 
 
-@click.command(cls=GroupedCommand, examples=_EXAMPLES)
+@click.command(cls=GroupedCommand, examples=_EXAMPLES, short_help="Starts an engine that others dial.")
 @click.argument("model")
 @option("Connection", "--listen", required=True, metavar="ENDPOINT", help="ipc://PATH, or tcp://HOST:PORT (encrypted).")
 @engine_options

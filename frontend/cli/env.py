@@ -29,7 +29,7 @@ _PACKAGES = (
 )
 
 
-@click.command()
+@click.command(short_help="Prints versions and devices, for a bug report.")
 def env() -> None:
     """Prints versions, processor, memory and devices, for a bug report."""
     for name, find in (

@@ -25,7 +25,7 @@ _EXAMPLES = (
 )
 
 
-@click.command(cls=GroupedCommand, examples=_EXAMPLES)
+@click.command(cls=GroupedCommand, examples=_EXAMPLES, short_help="Answers prompts.")
 @click.argument("prompts", nargs=-1, required=True)
 @option(
     "Prompts and output", "--model", default=None, help="Folder, hub id or 'demo' [demo, unless --engine is given]."
