@@ -69,7 +69,9 @@ def m3(result: dict[str, Any]) -> str:
     ]
     headers = ["", "MiB reserved", "MiB used", "used share", f"requests in {result['budget_mib']} MiB"]
     head = f"{result['num_running']} requests in work, {result['bytes_per_token']:,} bytes a token, "
-    return f"{head}contiguous: {result['max_model_len']:,} tokens each\n\n" + table(headers, rows)
+    lowest = min(reading["tokens_used"] / reading["tokens_reserved"] for reading in result["readings"])
+    foot = f"Lowest used share of the paged way in {len(result['readings'])} readings over the whole run: {lowest:.1%}."
+    return f"{head}contiguous: {result['max_model_len']:,} tokens each\n\n{table(headers, rows)}\n\n{foot}"
 
 
 def startup(result: dict[str, Any]) -> str:
