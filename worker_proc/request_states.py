@@ -12,7 +12,7 @@ import torch
 
 from folovllm.common.messages.core_worker import SchedulerOutput
 from folovllm.worker_proc.host_to_device import upload
-from folovllm.worker_proc.step_arrays import BlockEntries, Ids, NewRow, SlotCounts, StepArrays, StepLimits, read_step
+from folovllm.worker_proc.step_arrays import Ids, NewRow, SlotCounts, StepArrays, StepLimits, read_step
 
 # Columns of `floats` and `integers`.
 TEMPERATURE, TOP_P, MIN_P = range(3)
@@ -54,7 +54,7 @@ class RequestStates:
         return sum(tensor.nbytes for tensor in tensors)
 
     def apply(self, step: SchedulerOutput) -> StepArrays:
-        """Checks the step and brings the rows up to date with it: new requests, then appended and replaced blocks.
+        """Checks the step and brings the rows up to date with it: new requests, then appended blocks.
 
         Raises:
             ProtocolError: the step does not fit; nothing is changed then.
@@ -64,7 +64,8 @@ class RequestStates:
         if arrays.new_rows:
             self._fill(arrays.new_rows)
         if len(arrays.entries.slots):
-            self._put(self.block_table, *_last_of_each(arrays.entries))
+            entries = arrays.entries
+            self._put(self.block_table, entries.slots, entries.columns, entries.block_ids)
         return arrays
 
     def advance(self, arrays: StepArrays, slots: torch.Tensor, query_lens: torch.Tensor, samples: Ids) -> None:
@@ -120,13 +121,3 @@ def _ragged(slots: Ids, values: Sequence[Ids]) -> tuple[Ids, Ids, Ids]:
     lengths = [len(row) for row in values]
     columns = np.concatenate([np.arange(length) for length in lengths])
     return np.repeat(slots, lengths), columns, np.concatenate(values)
-
-
-def _last_of_each(entries: BlockEntries) -> tuple[Ids, Ids, Ids]:
-    """Entries without those that a later one overwrites: index_copy_ defines no order for repeated places."""
-    places = zip(entries.slots.tolist(), entries.columns.tolist(), strict=True)
-    last = {place: index for index, place in enumerate(places)}
-    if len(last) == len(entries.slots):
-        return entries.slots, entries.columns, entries.block_ids
-    kept = np.array(list(last.values()), np.int64)
-    return entries.slots[kept], entries.columns[kept], entries.block_ids[kept]

@@ -100,7 +100,7 @@ class StepArrays:
         query_lens: [R] tokens of each.
         num_decodes: the first this many have one token.
         new_rows: slots filled anew.
-        entries: block table entries to write, appended ones before replaced ones.
+        entries: block table entries to write: the appended blocks.
         copy_sources, copy_destinations: [n] blocks to copy.
         counts: every slot's counts once the step is applied, before it is computed.
     """
@@ -126,8 +126,7 @@ def read_step(step: SchedulerOutput, counts: SlotCounts, limits: StepLimits) -> 
     if new_rows or step.append_slots:
         counts = counts.copy()
     _count_new(new_rows, counts)
-    appended = _read_appended(step, counts, limits)
-    replaced = _read_replaced(step, counts, limits)
+    entries = _read_appended(step, counts, limits)
     sources, destinations = _read_copies(step, limits)
     slots, query_lens, num_decodes = _read_scheduled(step, counts, limits)
     return StepArrays(
@@ -136,17 +135,11 @@ def read_step(step: SchedulerOutput, counts: SlotCounts, limits: StepLimits) -> 
         query_lens,
         num_decodes,
         new_rows,
-        _joined(appended, replaced),
+        entries,
         sources,
         destinations,
         counts,
     )
-
-
-def _joined(appended: tuple[Ids, Ids, Ids], replaced: tuple[Ids, Ids, Ids]) -> BlockEntries:
-    if len(replaced[0]) == 0:  # nearly always
-        return BlockEntries(*appended)
-    return BlockEntries(*(np.concatenate(pair) for pair in zip(appended, replaced, strict=True)))
 
 
 def _read_new(request: NewRequest, limits: StepLimits) -> NewRow:
@@ -187,10 +180,10 @@ def _count_new(new_rows: list[NewRow], counts: SlotCounts) -> None:
         counts.num_blocks[row.slot] = len(row.block_ids)
 
 
-def _read_appended(step: SchedulerOutput, counts: SlotCounts, limits: StepLimits) -> tuple[Ids, Ids, Ids]:
-    """Slots, columns and ids of appended blocks; counts them."""
+def _read_appended(step: SchedulerOutput, counts: SlotCounts, limits: StepLimits) -> BlockEntries:
+    """The appended blocks' entries; counts them."""
     if not step.append_slots and not step.append_block_ids:
-        return _NONE, _NONE, _NONE
+        return BlockEntries(_NONE, _NONE, _NONE)
     slots, ids = _ints(step.append_slots, "append_slots"), _ints(step.append_block_ids, "append_block_ids")
     _check(len(slots) == len(ids), f"append_slots has {len(slots)} entries, append_block_ids {len(ids)}")
     _check_range(slots, 0, limits.num_slots, "append_slots")
@@ -198,7 +191,7 @@ def _read_appended(step: SchedulerOutput, counts: SlotCounts, limits: StepLimits
     columns = counts.num_blocks[slots] + _occurrences_before(slots)
     _check(int(columns.max()) < limits.max_blocks, f"append_slots: a slot has {limits.max_blocks} blocks already")
     np.add.at(counts.num_blocks, slots, 1)
-    return slots, columns, ids
+    return BlockEntries(slots, columns, ids)
 
 
 def _occurrences_before(values: Ids) -> Ids:
@@ -209,20 +202,6 @@ def _occurrences_before(values: Ids) -> Ids:
     result = np.empty_like(values)
     result[order] = np.arange(len(values)) - starts
     return result
-
-
-def _read_replaced(step: SchedulerOutput, counts: SlotCounts, limits: StepLimits) -> tuple[Ids, Ids, Ids]:
-    """Slots, columns and new ids of replaced entries."""
-    if not step.replace_slots and not step.replace_entries:
-        return _NONE, _NONE, _NONE
-    slots, pairs = _ints(step.replace_slots, "replace_slots"), _ints(step.replace_entries, "replace_entries")
-    _check(2 * len(slots) == len(pairs), f"replace_entries has {len(pairs)} entries for {len(slots)} replace_slots")
-    columns, ids = pairs[0::2], pairs[1::2]
-    _check_range(slots, 0, limits.num_slots, "replace_slots")
-    _check_range(ids, 1, limits.num_blocks, "replace_entries")
-    inside = (columns >= 0) & (columns < counts.num_blocks[slots])
-    _check(bool(inside.all()), "replace_entries: an index lies beyond its slot's block table")
-    return slots, columns, ids
 
 
 def _read_copies(step: SchedulerOutput, limits: StepLimits) -> tuple[Ids, Ids]:

@@ -68,8 +68,6 @@ class SchedulerOutput(msgspec.Struct, array_like=True, omit_defaults=True, gc=Fa
         append_slots: int32 bytes; slots that get one more KV block each (a slot may occur several times).
         append_block_ids: int32 bytes; the block for each of `append_slots`, put at the end of the slot's block table.
         block_copies: int32 bytes; pairs (source block, destination block) copied before the step's first write.
-        replace_slots: int32 bytes; slots for which one entry of the block table changes (the copy after copy-on-write).
-        replace_entries: int32 bytes; pairs (index in the block table, new block id) for each of `replace_slots`.
     """
 
     step_id: int
@@ -79,8 +77,6 @@ class SchedulerOutput(msgspec.Struct, array_like=True, omit_defaults=True, gc=Fa
     append_slots: bytes = b""
     append_block_ids: bytes = b""
     block_copies: bytes = b""
-    replace_slots: bytes = b""
-    replace_entries: bytes = b""
 
 
 class ModelRunnerOutput(msgspec.Struct, array_like=True, omit_defaults=True, gc=False, frozen=True, tag="tokens"):

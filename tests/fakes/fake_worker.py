@@ -122,9 +122,6 @@ class FakeModel:
         for source, destination in zip(copies[::2], copies[1::2], strict=True):
             for offset in range(self._block_size):
                 self._cache[destination, offset] = self._cache.get((source, offset), -1)
-        entries = ints(step.replace_entries)
-        for slot, index, block in zip(ints(step.replace_slots), entries[::2], entries[1::2], strict=True):
-            self._rows[slot].block_ids[index] = block
 
     def _compute(self, slot: int, count: int) -> int:
         """Writes the tokens into the cache; returns the sampled token, -1 where more of the prompt is to come."""

@@ -85,9 +85,6 @@ class SimulatedWorker:
         read = [(target, self._block(source)) for source, target in copies]
         for target, contents in read:
             self.kv.update({(target, offset): token_id for offset, token_id in contents.items()})
-        entries = np.array(integers(step.replace_entries)).reshape(-1, 2).tolist()
-        for slot, (index, block) in zip(integers(step.replace_slots), entries, strict=True):
-            self.rows[slot].block_ids[index] = block
 
     def _take(self, new: NewRequest) -> None:
         assert new.num_computed_tokens < len(integers(new.token_ids)), "nothing left to compute"

@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from folovllm import LLM, SamplingParams
+from folovllm.frontend.engine_options import EngineOptions
 from tests.fakes.model_folder import NUM_IDS, write_tokenizer
 from tests.fakes.oracle import GreedyOracle, random_prompts
 from tests.fakes.tiny_models import FAMILIES, make_model
@@ -28,8 +29,10 @@ def test_float32_greedy_equals_transformers(tmp_path: pathlib.Path, family: str)
     write_tokenizer(folder)
     oracle = GreedyOracle(folder, "cuda")
     prompts = random_prompts(NUM_IDS, LENGTHS)
-    for options in ({}, {"pipeline_depth": 1}, {"num_gpu_blocks_override": 14, "max_num_batched_tokens": 256}):
-        with LLM(str(folder), dtype="float32", device="cuda", gpu_memory_utilization=0.2, **options) as llm:
+    ways: list[EngineOptions] = [{}, {"pipeline_depth": 1}, {"num_gpu_blocks_override": 14}]
+    for options in ways:
+        options |= {"dtype": "float32", "device": "cuda", "gpu_memory_utilization": 0.2}
+        with LLM(folder, **options) as llm:
             for prompt, answer in zip(prompts, answers(llm, prompts), strict=True):
                 oracle.check(prompt, answer)
             assert (llm.get_stats().num_preemptions_total > 0) == ("num_gpu_blocks_override" in options)

@@ -61,8 +61,8 @@ def test_tiny_models_however_they_are_run(tmp_path: pathlib.Path, family: str, r
     oracle = GreedyOracle(folder)
     prompts = random_prompts(NUM_IDS, [1, 2, 15, 16, 17, 31, 33, 64, 79])
     found = []
-    for options in ({"pipeline_depth": 2}, {"pipeline_depth": 1}):
-        with LLM(str(folder), dtype="float32", num_gpu_blocks_override=256, **options) as llm:
+    for depth in (2, 1):
+        with LLM(str(folder), dtype="float32", num_gpu_blocks_override=256, pipeline_depth=depth) as llm:
             found.append(answers(llm, prompts))
             found.append([answers(llm, [prompt])[0] for prompt in prompts])
     with LLM(

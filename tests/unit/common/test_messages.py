@@ -79,7 +79,7 @@ LINKS: list[tuple[Any, list[msgspec.Struct]]] = [
         [
             ConfigureWorker(CONFIG, 0, 4096, 2.5),
             SchedulerOutput(0, b""),
-            SchedulerOutput(9, IDS, IDS, [NewRequest(1, IDS, 2, 1, IDS, SAMPLING)], IDS, IDS, IDS, IDS, IDS),
+            SchedulerOutput(9, IDS, IDS, [NewRequest(1, IDS, 2, 1, IDS, SAMPLING)], IDS, IDS, IDS),
         ],
     ),
     (

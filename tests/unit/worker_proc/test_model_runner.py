@@ -154,20 +154,13 @@ def test_l09_answers_of_one_request_differ(driver: Driver) -> None:
 
 
 def test_a_fork_copies_the_block_it_writes_to(model: CausalLM, folder: pathlib.Path, alone: list[list[int]]) -> None:
-    """Slot 0 has computed 5 tokens, blocks 1 and 2; slot 1 shares block 1 and gets a copy of block 2 as block 9."""
+    """Slot 0 has computed 5 tokens, blocks 1 and 2; slot 1 shares block 1 and has a copy of block 2, block 9."""
     runner = make_runner(model, folder, LIMITS)
     prompt = PROMPTS[1]
     first = runner.execute(SchedulerOutput(0, int32([0]), int32([5]), [new_request(0, prompt, [1, 2, 3, 4, 5])]))
     tokens = [ints(first.wait().token_ids)]
-    fork = new_request(1, [*prompt, 17], [1, 2, 6, 7, 8], num_prompt_tokens=5, num_computed_tokens=5)
-    step = SchedulerOutput(
-        1,
-        int32([0, 1]),
-        new_requests=[fork],
-        block_copies=int32([2, 9]),
-        replace_slots=int32([1]),
-        replace_entries=int32([1, 9]),
-    )
+    fork = new_request(1, [*prompt, 17], [1, 9, 6, 7, 8], num_prompt_tokens=5, num_computed_tokens=5)
+    step = SchedulerOutput(1, int32([0, 1]), new_requests=[fork], block_copies=int32([2, 9]))
     tokens.append(ints(runner.execute(step).wait().token_ids))
     for step_id in range(2, NUM_OUTPUT):
         tokens.append(ints(runner.execute(SchedulerOutput(step_id, int32([0, 1]))).wait().token_ids))

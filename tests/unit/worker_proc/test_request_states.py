@@ -61,15 +61,6 @@ def test_sampled_tokens_are_the_next_known_ones(states: RequestStates) -> None:
     assert (states.counts.num_tokens[1], states.counts.num_computed[1], int(states.num_computed[1])) == (5, 4, 4)
 
 
-def test_an_entry_that_is_appended_and_replaced_in_one_step_is_the_replaced_one(states: RequestStates) -> None:
-    new = [new_request(1, [5, 6, 7], [1])]
-    step = SchedulerOutput(
-        0, int32([1]), int32([3]), new, int32([1, 1]), int32([2, 3]), b"", int32([1, 1]), int32([2, 8, 0, 9])
-    )
-    states.apply(step)
-    assert states.block_table[1, :4].tolist() == [9, 2, 8, 0]
-
-
 def test_a_refused_step_leaves_every_row_as_it_was(states: RequestStates) -> None:
     compute(states, SchedulerOutput(0, int32([1]), int32([3]), [new_request(1, [5, 6, 7], [1, 2])]))
     before = snapshot(states)
@@ -120,7 +111,6 @@ class RandomCore:
         counts = {slot: self.count(slot) for slot in chosen}
         order = sorted(counts, key=lambda slot: counts[slot] > 1)
         appended = [(slot, block) for slot in order for block in self.grow(slot, counts[slot])]
-        replaced = [(slot, *self.replace(slot)) for slot in order if chance.random() < 0.1]
         for slot in order:
             self.compute(slot, counts[slot])
         return SchedulerOutput(
@@ -130,9 +120,6 @@ class RandomCore:
             new,
             int32(slot for slot, _ in appended),
             int32(block for _, block in appended),
-            b"",
-            int32(slot for slot, _, _ in replaced),
-            int32(value for _, index, block in replaced for value in (index, block)),
         )
 
     def join(self, slot: int) -> NewRequest:
@@ -155,12 +142,6 @@ class RandomCore:
         added = [self.block() for _ in range(-(-(row.num_computed + count) // 4) - len(row.blocks))]
         row.blocks += added
         return added
-
-    def replace(self, slot: int) -> tuple[int, int]:
-        row = self.rows[slot]
-        index, block = self.chance.randrange(len(row.blocks)), self.block()
-        row.blocks[index] = block
-        return index, block
 
     def compute(self, slot: int, count: int) -> None:
         row = self.rows[slot]

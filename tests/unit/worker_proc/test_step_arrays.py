@@ -70,20 +70,6 @@ def test_blocks_may_be_appended_to_a_request_of_the_same_step() -> None:
     assert arrays.entries.columns.tolist() == [2]
 
 
-def test_replaced_entries_come_after_appended_ones() -> None:
-    arrays = read(
-        slots=int32([0]),
-        append_slots=int32([0]),
-        append_block_ids=int32([9]),
-        replace_slots=int32([0, 1]),
-        replace_entries=int32([2, 12, 4, 13]),
-    )
-    entries = arrays.entries
-    assert entries.slots.tolist() == [0, 0, 1]
-    assert entries.columns.tolist() == [2, 2, 4]
-    assert entries.block_ids.tolist() == [9, 12, 13]
-
-
 def test_block_copies_are_pairs() -> None:
     arrays = read(slots=int32([0]), block_copies=int32([3, 4, 3, 5]))
     assert arrays.copy_sources.tolist() == [3, 3]
@@ -162,11 +148,6 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"slots": int32([0]), "block_copies": int32([1, 20])}, "block_copies: 20 is out of range"),
     ({"slots": int32([0]), "block_copies": int32([0, 2])}, "block_copies: 0 is out of range"),
     ({"slots": int32([0]), "block_copies": int32([1, 3, 2, 3])}, "block_copies: two copies into the same block"),
-    ({"slots": int32([0]), "replace_slots": int32([0])}, "replace_entries has 0 entries for 1 replace_slots"),
-    ({"slots": int32([0]), "replace_slots": int32([0]), "replace_entries": int32([2, 5])}, "an index lies beyond"),
-    ({"slots": int32([0]), "replace_slots": int32([0]), "replace_entries": int32([-1, 5])}, "an index lies beyond"),
-    ({"slots": int32([0]), "replace_slots": int32([0]), "replace_entries": int32([1, 0])}, "replace_entries: 0 is out"),
-    ({"slots": int32([0]), "replace_slots": int32([9]), "replace_entries": int32([1, 5])}, "replace_slots: 9 is out"),
 ]
 
 
