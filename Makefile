@@ -14,7 +14,7 @@ help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## A real model answers two questions, then yours (the first time: downloads and converts it)
-	$(BIN)/folovllm chat demo --ask "What is the capital of France?" --ask "Write one sentence about the sea."
+	$(BIN)/folovllm chat demo --temperature 0 --ask "What is the capital of France?" --ask "Write one sentence about the sea."
 
 test: lint ## Everything that CI runs: lint, types, import contracts, tests with coverage
 	$(BIN)/python -m pytest --cov --cov-report=term

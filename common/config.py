@@ -21,7 +21,7 @@ AttentionBackendName = Literal["auto", "torch_naive", "paged"]
 MAX_SLOTS = 65536
 MAX_PIPELINE_DEPTH = 2
 
-_OMP_SPIN_COUNT = "1000"  # about 20 µs
+_OMP_SPIN_COUNT = "3000"  # about 60 µs: longer than the waits within a step, shorter than a time slice
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -138,8 +138,8 @@ def child_environment(package_parent: str) -> dict[str, str]:
     """This process's environment, with the folder that holds the package first on PYTHONPATH.
 
     A child must find the very package that started it, whatever the working directory is. Threads of a parallel region
-    that wait for each other spin for a moment only, then sleep: libgomp's default of some milliseconds makes a step 8
-    to 13 times slower as soon as another process wants one of the cores (`docs/performance.md`). Settings of the user's
+    that wait for each other spin for a moment only, then sleep: libgomp's default of some milliseconds makes a step 20
+    to 40 times slower as soon as another process wants one of the cores (`docs/performance.md`). Settings of the user's
     own are kept.
     """
     environment = {"GOMP_SPINCOUNT": _OMP_SPIN_COUNT} | dict(os.environ)

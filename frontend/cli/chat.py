@@ -32,6 +32,7 @@ _HELP = """\
   /help    this list
 Ctrl-C stops an answer."""
 _PROMPT = "you> "
+_MAX_TOKENS = 512  # a small model that repeats itself would otherwise fill its whole context
 _TEMPERATURE = 0.2  # small models ramble at 1.0; 0.2 is what SmolLM2's authors use
 
 
@@ -49,7 +50,7 @@ def chat(model: str | None, engine: str | None, quick: str | None, ask: tuple[st
 
     Commands within the conversation: /clear, /stats, /exit, /help. Ctrl-C stops an answer. Without a terminal on
     standard input, its lines are the questions. Where neither you nor the model says how to sample, the temperature
-    is 0.2.
+    is 0.2; an answer is cut at 512 tokens unless --max-tokens says otherwise.
     """
     if model is None and engine is None:
         raise click.UsageError("give a MODEL (a folder, a hub id or 'demo'), or --engine ENDPOINT")
@@ -57,7 +58,7 @@ def chat(model: str | None, engine: str | None, quick: str | None, ask: tuple[st
         raise click.UsageError("--quick answers one question and exits; it does not go with --ask")
     from folovllm.frontend.llm import LLM
 
-    params = taken_sampling_params(given, max_tokens=None)
+    params = taken_sampling_params(given, max_tokens=_MAX_TOKENS)
     with LLM(model, tokenizer=given["tokenizer"], engine=engine, **taken_engine_options(given)) as llm:
         conversation = Conversation(llm, _for_chat(params, llm), given["system"])
         if quick is not None:
@@ -111,6 +112,8 @@ class Conversation:
                     pieces += [answer.text for answer in output.outputs]
                     click.echo(pieces[-1], nl=False)
                     self._note_speed(output.metrics)
+                if output.outputs[0].finish_reason == "length":
+                    click.echo(" [cut: --max-tokens or the model's length is reached]", nl=False)
         except KeyboardInterrupt:
             whole = False
             click.echo(" [stopped]", nl=False)
