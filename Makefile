@@ -28,8 +28,10 @@ lint: $(VENV)/.dev ## ruff, mypy (strict, tests too) and the import contracts
 bench: $(VENV)/.dev ## The milestones' figures: tables, JSON and plots
 	$(BIN)/python -m bench.milestones
 
-docs: $(VENV)/.dev ## Checks the Markdown pages: links, headings, and the stops of the request's life
-	$(BIN)/python -m pytest --quiet tests/unit/house/test_docs.py
+docs: $(VENV)/.dev ## Makes the reference pages, then checks all pages: links, names of modules and functions
+	$(BIN)/python -m docs.generate
+	$(BIN)/python -m docs.generate --check
+	$(BIN)/python -m pytest --quiet tests/unit/house/test_docs.py tests/unit/docs
 
 format: $(VENV)/.dev ## Formats the code and fixes what ruff can fix
 	$(BIN)/ruff format .

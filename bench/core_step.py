@@ -1,6 +1,6 @@
 """What one decode step costs the core, alone and over its sockets, with a worker that answers at once.
 
-    python bench/core_step.py [--steps 500]
+    python -m bench.core_step [--steps 500]
 
 First table: the parts of a step in one process, without sockets: schedule, encode the step, decode the result, update,
 encode the outputs for one streaming frontend. Second table: real core and worker processes; the time between two steps'

@@ -1,7 +1,7 @@
 """Writes a folder with Qwen3-0.6B's shape and random weights, for machines that reach no model hub.
 
-    python bench/make_model.py FOLDER             # config.json alone, for LLM(FOLDER, load_format="dummy")
-    python bench/make_model.py FOLDER --weights   # and model.safetensors (1.2 GB, bf16)
+    python -m bench.make_model FOLDER             # config.json alone, for LLM(FOLDER, load_format="dummy")
+    python -m bench.make_model FOLDER --weights   # and model.safetensors (1.2 GB, bf16)
 
 There is no tokenizer in it: prompts are token ids.
 """

@@ -41,22 +41,33 @@ class EngineCoreRequest(msgspec.Struct, array_like=True, omit_defaults=True, gc=
 
 
 class AddRequests(msgspec.Struct, array_like=True, gc=False, frozen=True, tag="add"):
-    """Frontend → core: new requests, admitted or refused one by one."""
+    """Frontend → core: new requests, admitted or refused one by one.
+
+    Attributes:
+        requests: in the order in which they arrive in the queue.
+    """
 
     requests: list[EngineCoreRequest]
 
 
 class AbortRequests(msgspec.Struct, array_like=True, gc=False, frozen=True, tag="abort"):
-    """Frontend → core: forget these requests (int32 bytes). Numbers that are not live are passed over.
+    """Frontend → core: forget these requests.
 
     No output for a number is sent after the core has read this; the frontend drops what is still on its way.
+
+    Attributes:
+        numbers: int32 bytes; the answers' numbers. Those that are not live are passed over.
     """
 
     numbers: bytes
 
 
 class GetStats(msgspec.Struct, array_like=True, gc=False, frozen=True, tag="get-stats"):
-    """Frontend → core: asks for EngineStats. `ticket` is echoed; also serves as a health check (a round trip)."""
+    """Frontend → core: asks for EngineStats; also serves as a health check (a round trip).
+
+    Attributes:
+        ticket: any number; echoed, so that an answer is matched to its question.
+    """
 
     ticket: int
 
@@ -188,7 +199,11 @@ class Ping(msgspec.Struct, array_like=True, gc=False, frozen=True, tag="ping"):
 
 
 class EngineFailed(msgspec.Struct, array_like=True, gc=False, frozen=True, tag="engine-failed"):
-    """Core → frontend: the engine ends; `message` says why."""
+    """Core → frontend: the engine ends.
+
+    Attributes:
+        message: why; for people.
+    """
 
     message: str
 

@@ -76,7 +76,12 @@ class PhaseTime(msgspec.Struct, array_like=True, gc=False, frozen=True):
 
 
 class MemoryUse(msgspec.Struct, array_like=True, gc=False, frozen=True):
-    """One row of the start-up table: bytes used for one purpose ("weights", "KV cache", ...)."""
+    """One row of the start-up table: bytes used for one purpose.
+
+    Attributes:
+        purpose: such as "weights" or "KV cache".
+        num_bytes: how many.
+    """
 
     purpose: str
     num_bytes: int
@@ -133,7 +138,11 @@ class Failed(msgspec.Struct, array_like=True, gc=False, frozen=True, tag="failed
 
 
 class BadFrame(msgspec.Struct, array_like=True, gc=False, frozen=True, tag="bad-frame"):
-    """Any → any: the answer to a frame that was refused. `reason` says what was wrong with it."""
+    """Any → any: the answer to a frame that was refused.
+
+    Attributes:
+        reason: what was wrong with it; for people.
+    """
 
     reason: str
 
