@@ -105,15 +105,14 @@ class Conversation:
         """Prints the answer as it comes. Ctrl-C ends it (False); what came is remembered like a whole one."""
         self.messages.append({"role": "user", "content": question})
         pieces: list[str] = []
-        whole = True
+        whole, cut = True, False
         try:
             with self._llm.stream_chat(self.messages, self._params) as outputs:
                 for output in outputs:
                     pieces += [answer.text for answer in output.outputs]
                     click.echo(pieces[-1], nl=False)
                     self._note_speed(output.metrics)
-                if output.outputs[0].finish_reason == "length":
-                    click.echo(" [cut: --max-tokens or the model's length is reached]", nl=False)
+                    cut = output.outputs[0].finish_reason == "length"
         except KeyboardInterrupt:
             whole = False
             click.echo(" [stopped]", nl=False)
@@ -121,6 +120,8 @@ class Conversation:
             self.messages.pop()
             raise
         click.echo()
+        if cut:
+            click.echo("(cut: --max-tokens, or the model's length, is reached)", err=True)
         self.messages.append({"role": "assistant", "content": "".join(pieces)})
         return whole
 
