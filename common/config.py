@@ -138,8 +138,8 @@ def child_environment(package_parent: str) -> dict[str, str]:
     """This process's environment, with the folder that holds the package first on PYTHONPATH.
 
     A child must find the very package that started it, whatever the working directory is. Threads of a parallel region
-    that wait for each other spin for a moment only, then sleep: libgomp's default of some milliseconds makes a step 20
-    to 40 times slower as soon as another process wants one of the cores (`docs/performance.md`). Settings of the user's
+    that wait for each other spin for a moment only, then sleep: with libgomp's default of some milliseconds a step of
+    23 ms takes 1.9 s as soon as another process wants one of the cores (`docs/performance.md`). Settings of the user's
     own are kept.
     """
     environment = {"GOMP_SPINCOUNT": _OMP_SPIN_COUNT} | dict(os.environ)

@@ -246,7 +246,7 @@ def environment_rows() -> list[list[str]]:
             if isinstance(node, ast.Constant) and re.fullmatch(r"FOLOVLLM_\w+", str(node.value)):
                 assert isinstance(function, ast.FunctionDef), "the loop goes over functions only"
                 doc = parse_docstring(ast.get_docstring(function) or "")
-                rows.append([f"`{node.value}`", _text(" ".join(doc.paragraphs))])
+                rows.append([f"`{node.value!s}`", _text(" ".join(doc.paragraphs))])
     return rows
 
 
