@@ -17,6 +17,8 @@ import torch
 from folovllm.common.model_config import ModelConfig
 from folovllm.worker_proc.device import Placement
 
+NULL_BLOCK = 0  # never written to, so always zero: what block tables are padded with
+
 
 class KVTensors:
     """Key and value storage.
@@ -69,6 +71,10 @@ class KVTensors:
         All sources are read before any destination is written, so a block may be in both lists; destinations differ.
         """
         self.data.index_copy_(3, destination, self.data.index_select(3, source))
+
+    def zero_blocks(self, blocks: torch.Tensor) -> None:
+        """Zeroes whole blocks in all layers; `blocks` is int64 [n] on the cache's device."""
+        self.data.index_fill_(3, blocks, 0)
 
     def _head_offsets(self, stride: int, device: torch.device) -> torch.Tensor:
         return torch.arange(0, 2 * self.num_kv_heads * stride, stride, device=device)

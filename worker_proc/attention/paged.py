@@ -5,6 +5,10 @@ small matrix, so K and V are read once for the whole group of heads and never ex
 gather a layer, straight into the product's shape (see `kv_tensors`). Requests are put together only while the longest
 is at most twice as long as the shortest, which bounds the padding to half of what is read.
 
+What lies past a request's end has a weight of 0, which does not silence an infinity or NaN that the block's last owner
+left there (float16 overflows): 0 · NaN is NaN, in a request that has no part in it. So a block is zeroed in the step
+that first writes to it and leaves its end open, and blocks that a request has yet to reach are read as the null block.
+
 Chunks and prompts go through scaled_dot_product_attention, request by request. The query heads of a group see the same
 K and V through a stride of 0. A prompt without context needs no gather and no mask at all.
 
@@ -15,11 +19,13 @@ Cost: gather and products read each key and value twice and write it once; on 2 
 import dataclasses
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from folovllm.worker_proc.attention.backend import AttentionMetadata
-from folovllm.worker_proc.kv_tensors import KVTensors
+from folovllm.worker_proc.host_to_device import upload
+from folovllm.worker_proc.kv_tensors import NULL_BLOCK, KVTensors
 
 _MAX_LENGTH_RATIO = 2
 
@@ -78,6 +84,7 @@ class PagedStep:
         self._kv = kv
         self._group_size = num_q_heads // kv.num_kv_heads
         self._num_decodes = metadata.num_decodes
+        _zero_new_ends(kv, metadata)
         self._write_rows = kv.token_row_ids(metadata.slot_mapping)
         self._decode_groups = self._plan_decodes(metadata)
         self._chunks = self._plan_chunks(metadata)
@@ -145,10 +152,9 @@ class PagedStep:
     ) -> _DecodeGroup:
         kv = self._kv
         num_blocks = -(-longest // kv.block_size)
-        blocks = metadata.block_table[members, :num_blocks]
         lengths = metadata.seq_lens_device[members]
-        num_tokens = num_blocks * kv.block_size
-        outside = torch.arange(num_tokens, device=blocks.device) >= lengths[:, None]  # [N, S]
+        outside = torch.arange(num_blocks * kv.block_size, device=lengths.device) >= lengths[:, None]  # [N, S]
+        blocks = metadata.block_table[members, :num_blocks].masked_fill(outside[:, :: kv.block_size], NULL_BLOCK)
         bias = torch.zeros(outside.shape, dtype=kv.data.dtype, device=blocks.device).masked_fill_(outside, -math.inf)
         spread = bias[None, :, None].expand(kv.num_kv_heads, -1, self._group_size, -1).flatten(0, 1)
         return _DecodeGroup(requests, blocks.shape[0], kv.block_row_ids(blocks), spread)
@@ -172,6 +178,18 @@ class PagedStep:
         positions = torch.arange(seq_len, device=block_ids.device)
         mask = positions[None, :] <= positions[seq_len - num_queries :, None]
         return rows, mask[None, None]
+
+
+def _zero_new_ends(kv: KVTensors, metadata: AttentionMetadata) -> None:
+    """Zeroes each request's last block if this step is the first to write to it and does not fill it."""
+    rows, columns = [], []
+    for request, (query_len, seq_len) in enumerate(zip(metadata.query_lens, metadata.seq_lens, strict=True)):
+        if 0 < seq_len % kv.block_size <= query_len:
+            rows.append(request)
+            columns.append(seq_len // kv.block_size)
+    if rows:
+        places = upload(np.array([rows, columns]), metadata.block_table.device)
+        kv.zero_blocks(metadata.block_table[places[0], places[1]])
 
 
 def similar_lengths(seq_lens: list[int]) -> list[list[int]]:

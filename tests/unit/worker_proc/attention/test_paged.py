@@ -1,6 +1,7 @@
 """The paged backend against the reference, on steps of every shape."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -60,7 +61,21 @@ def compare(
         actual = step.attend(1, query, key_and_value)
         assert actual.shape == (tokens, num_q_heads * HEAD_DIM) and actual.dtype == dtype
         torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
-    assert torch.equal(caches[0].data, caches[1].data)
+    for layer, ends in ((0, contexts), (1, lengths)):  # layer 1 has the step's tokens too
+        rows = caches[0].token_row_ids(slots_of(blocks, ends, block_size))
+        assert torch.equal(caches[0].token_rows(layer)[rows], caches[1].token_rows(layer)[rows])
+
+
+def slots_of(blocks: list[list[int]], ends: list[int], block_size: int) -> torch.Tensor:
+    """Where the first `ends` tokens of each request lie."""
+    return torch.tensor(
+        [
+            owned[i // block_size] * block_size + i % block_size
+            for owned, end in zip(blocks, ends, strict=True)
+            for i in range(end)
+        ],
+        dtype=torch.int64,
+    )
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1), (9, 3)])
@@ -95,14 +110,37 @@ def test_half_precision(dtype: torch.dtype) -> None:
     compare([20, 70, 0, 9], [1, 1, 12, 8], heads=(9, 3), dtype=dtype, tolerance=2e-2)
 
 
-def test_stale_numbers_past_a_requests_end_have_no_effect() -> None:
-    kv = make_kv(2, 3, 8)
-    kv.data.fill_(1e30)
-    metadata = build_metadata([PagedRequest([1]), PagedRequest([2])], [1, 1], 8)
+@pytest.mark.parametrize("stale", [1e30, math.inf, -math.inf, math.nan])
+def test_stale_numbers_past_a_requests_end_have_no_effect(stale: float) -> None:
+    kv = make_kv(2, 4, 8)
+    kv.data[:, :, :, 1:] = stale
+    # The first has two blocks of which it has reached one: the first token of a prompt whose chunk was cut to one.
+    metadata = build_metadata([PagedRequest([1, 3]), PagedRequest([2])], [1, 1], 8)
     heads = torch.randn(2, 8, HEAD_DIM, generator=torch.Generator().manual_seed(0))
     output = PagedBackend(4).begin_step(kv, metadata).attend(0, heads[:, :4], heads[:, 4:])
     values = heads[:, 6:].repeat_interleave(2, dim=1).flatten(1)  # one token: its own value, whatever the weights
     torch.testing.assert_close(output, values)
+
+
+@pytest.mark.parametrize("first_chunk", [1, 3, 8, 9, 11, 15])
+def test_an_overflow_in_one_request_stays_out_of_those_that_get_its_blocks(first_chunk: int) -> None:
+    kv, backend = make_kv(2, 6, 8, torch.float16), PagedBackend(4)
+    generator = torch.Generator().manual_seed(first_chunk)
+    poison = torch.full((40, 8, HEAD_DIM), math.inf, dtype=torch.float16)
+    backend.begin_step(kv, build_metadata([PagedRequest([1, 2, 3, 4, 5])], [40], 8)).attend(
+        0, poison[:, :4], poison[:, 4:]
+    )
+    neighbour, reuser = PagedRequest([1, 2, 3]), PagedRequest([4, 5])
+    for lengths in ([first_chunk, 17], [1, 1], [1, 1]):
+        order = [reuser, neighbour]
+        metadata = build_metadata(order, lengths, 8)
+        heads = torch.randn(sum(lengths), 8, HEAD_DIM, generator=generator).half()
+        output = backend.begin_step(kv, metadata).attend(0, heads[:, :4], heads[:, 4:])
+        assert output.isfinite().all()
+        for request, length in zip(order, lengths, strict=True):
+            request.num_computed += length
+            if request.num_computed == 8 * len(request.blocks):
+                return
 
 
 def test_similar_lengths_bounds_padding() -> None:
