@@ -97,3 +97,10 @@ def test_a_child_finds_the_package_that_started_it_first(monkeypatch: pytest.Mon
     assert (environment["PYTHONPATH"], environment["KEPT"]) == ("/ours:/theirs", "yes")
     monkeypatch.delenv("PYTHONPATH")
     assert child_environment("/ours")["PYTHONPATH"] == "/ours"
+
+
+def test_threads_of_a_child_spin_briefly_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    assert 1000 < int(child_environment("/ours")["GOMP_SPINCOUNT"]) < 100_000
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert child_environment("/ours")["GOMP_SPINCOUNT"] == "7"
