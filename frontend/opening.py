@@ -119,7 +119,7 @@ def start_engine(
         process = EngineProcess()
     try:
         with watch.phase("load tokenizer"):
-            loaded = load_tokenizer(folder, tokenizer, optional=config.load_format == "dummy")
+            loaded = load_tokenizer(folder, tokenizer)
         config = _with_id_bound(config, loaded, num_columns)
         ready = process.wait_ready(config, listen=listen, started_at=watch.began)
     except BaseException:
@@ -135,20 +135,15 @@ def _with_id_bound(config: EngineConfig, tokenizer: Tokenizer | None, num_column
     return msgspec.structs.replace(config, num_valid_token_ids=min(tokenizer.num_ids, num_columns))
 
 
-def load_tokenizer(
-    folder: pathlib.Path, tokenizer: str | os.PathLike[str] | None, *, optional: bool
-) -> Tokenizer | None:
-    """The tokenizer of `tokenizer` (like a model: folder, name or hub id), else of the model's own folder.
+def load_tokenizer(folder: pathlib.Path, tokenizer: str | os.PathLike[str] | None) -> Tokenizer | None:
+    """The tokenizer of `tokenizer` (like a model: folder, name or hub id), else of the model's own `folder`.
 
-    Args:
-        folder: the model's.
-        tokenizer: None takes the model's.
-        optional: a model folder without any tokenizer file is fine; its prompts are token ids, its texts empty.
+    A model folder without any tokenizer file is warned of and gives None: its prompts are token ids, its texts empty.
     """
     if tokenizer is not None:
         return Tokenizer.from_folder(_tokenizer_folder(tokenizer))
     files = ("tokenizer.json", "tokenizer.model", "vocab.json")
-    if optional and not any((folder / name).exists() for name in files):
+    if not any((folder / name).exists() for name in files):
         logger.warning("%s has no tokenizer: prompts must be token ids, and answers have no text", folder)
         return None
     return Tokenizer.from_folder(folder)
@@ -177,7 +172,7 @@ def _dial(
     try:
         folder = _model_of(client, model)
         with watch.phase("load tokenizer"):
-            loaded = load_tokenizer(folder, tokenizer, optional=True)
+            loaded = load_tokenizer(folder, tokenizer)
         return _assemble(None, client, loaded, folder, random.SystemRandom(), (watch, None))
     except BaseException:
         client.close()
