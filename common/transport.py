@@ -174,6 +174,16 @@ def is_served(address: str) -> bool:
     return True
 
 
+def remove_socket_file(endpoint: str) -> None:
+    """Removes the file of an ipc endpoint, which ZeroMQ leaves behind; nothing for tcp.
+
+    Its owner does so before it closes the socket: once nobody listens, another may have taken the name.
+    """
+    address = Endpoint.parse(endpoint).address
+    if address.startswith("ipc://"):
+        pathlib.Path(address.removeprefix("ipc://")).unlink(missing_ok=True)
+
+
 def connect(socket: "zmq.Socket[bytes]", endpoint: str) -> None:
     """Dials `endpoint`. ZeroMQ connects in the background: an absent peer shows as silence, not as an error here."""
     parsed = Endpoint.parse(endpoint)

@@ -24,7 +24,7 @@ from folovllm.common.messages.lifecycle import (
     WorkerReady,
 )
 from folovllm.common.model_config import read_model_config
-from folovllm.common.transport import Authenticator, bind, new_socket, runtime_dir_of
+from folovllm.common.transport import Authenticator, bind, new_socket, remove_socket_file, runtime_dir_of
 from folovllm.core_proc.admission import Admission
 from folovllm.core_proc.block_pool import BlockPool
 from folovllm.core_proc.engine_core import EngineCore
@@ -65,6 +65,7 @@ class CoreProcess:
         self._phases: list[PhaseTime] = []
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._runtime_dir: pathlib.Path | None = None
+        self._endpoint = ""  # where frontends are served
         self._socket: zmq.Socket[bytes] | None = None
         self._authenticator: Authenticator | None = None
         self._executor: Executor | None = None
@@ -116,8 +117,8 @@ class CoreProcess:
 
     def _listen(self, endpoint: str) -> str:
         self._socket = new_socket(self._context, zmq.ROUTER)
-        bound, self._authenticator = bind(self._socket, endpoint)
-        return bound
+        self._endpoint, self._authenticator = bind(self._socket, endpoint)
+        return self._endpoint
 
     def _build(
         self, config: EngineConfig, ready: WorkerReady, max_model_len: int, num_valid_token_ids: int
@@ -169,7 +170,18 @@ class CoreProcess:
         if runtime_dir is not None:
             self._runtime_dir = runtime_dir
             if self._watch is not None:
-                self._watch.set_last_will(lambda: shutil.rmtree(runtime_dir, ignore_errors=True))
+                self._watch.set_last_will(self._remove_files)
+
+    def _remove_socket_file(self) -> None:
+        """Once, and before the socket closes: then another engine may take the name."""
+        endpoint, self._endpoint = self._endpoint, ""
+        if endpoint:
+            remove_socket_file(endpoint)
+
+    def _remove_files(self) -> None:
+        self._remove_socket_file()
+        if self._runtime_dir is not None:
+            shutil.rmtree(self._runtime_dir, ignore_errors=True)
 
     def _tell(self, failure: Failed) -> None:
         """Tells the frontends and the parent why the engine ends."""
@@ -180,13 +192,13 @@ class CoreProcess:
         self._parent.send(failure)
 
     def _close(self) -> None:
+        self._remove_socket_file()
         if self._executor is not None:
             self._executor.close(_WORKER_GRACE_S)
         if self._authenticator is not None:
             self._authenticator.close()
         self._context.destroy(_LINGER_MS)
-        if self._runtime_dir is not None:
-            shutil.rmtree(self._runtime_dir, ignore_errors=True)
+        self._remove_files()
 
 
 def _resolve_limits(config: EngineConfig) -> tuple[int, int]:

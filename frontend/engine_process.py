@@ -31,7 +31,7 @@ from folovllm.common.messages.lifecycle import (
     Failed,
     Hello,
 )
-from folovllm.common.transport import Decoder, bind, encode, is_served, make_runtime_dir, new_socket
+from folovllm.common.transport import Decoder, bind, encode, is_served, make_runtime_dir, new_socket, remove_socket_file
 
 _CORE_MODULE = "folovllm.core_proc"
 _STOP_GRACE_S = 4.0
@@ -98,7 +98,7 @@ class EngineProcess:
         while True:
             identity, message = self._receive()
             if isinstance(message, CoreReady):
-                self._resources.callback(_remove_socket_file, message.endpoint)
+                self._resources.callback(_remove_left_socket_file, message.endpoint)
                 return message
             if isinstance(message, Failed):
                 raise EngineStartError(_cause(message)) from ChildTraceback(message.traceback)
@@ -213,10 +213,10 @@ def _remove_unless_in_use(folder: pathlib.Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _remove_socket_file(endpoint: str) -> None:
-    """ZeroMQ leaves the file of an ipc endpoint behind."""
-    if endpoint.startswith("ipc://"):
-        pathlib.Path(endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
+def _remove_left_socket_file(endpoint: str) -> None:
+    """For a core that was killed; else it has removed the file itself, and another may listen there by now."""
+    if endpoint.startswith("ipc://") and not is_served(endpoint):
+        remove_socket_file(endpoint)
 
 
 def _is_alive(pid: int) -> bool:

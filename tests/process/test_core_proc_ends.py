@@ -125,6 +125,26 @@ def test_a_killed_core_takes_its_worker_along(tmp_path: pathlib.Path, phase: str
         assert_all_end(processes)
 
 
+@pytest.mark.parametrize("end", ["parent gone", "SIGTERM", "failed start"])
+def test_the_file_of_a_chosen_endpoint_goes_with_the_core(tmp_path: pathlib.Path, end: str) -> None:
+    script = Script(fail="no such tensor" if end == "failed start" else "")
+    config = EngineConfig(model=str(make_model_dir(tmp_path / "model", script)), log_level="error")
+    listen = tmp_path / "engine.sock"
+    with FakeParent() as parent:
+        if end == "failed start":
+            parent.configure(config, f"ipc://{listen}")
+            assert "no such tensor" in parent.failure().message
+        else:
+            assert parent.start(config, f"ipc://{listen}").endpoint == f"ipc://{listen}"
+            assert listen.is_socket()
+            if end == "SIGTERM":
+                os.kill(parent.core.pid, signal.SIGTERM)
+            else:
+                parent.core.ask_to_stop()
+        assert parent.core.wait(BOUND_S)
+        assert not listen.exists()
+
+
 def test_20_starts_and_stops_leave_nothing(tmp_path: pathlib.Path) -> None:
     model_dir = make_model_dir(tmp_path / "model", Script())
     descriptors = psutil.Process().num_fds()

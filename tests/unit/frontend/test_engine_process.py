@@ -4,6 +4,7 @@ import os
 import pathlib
 import select
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -49,6 +50,25 @@ def test_it_listens_where_it_is_told(tmp_path: pathlib.Path) -> None:
         assert engine.wait_ready(config("serve"), listen=f"ipc://{tmp_path}/here").endpoint == f"ipc://{tmp_path}/here"
     finally:
         engine.stop()
+
+
+@pytest.mark.parametrize("taken_over", [False, True])
+def test_a_killed_cores_socket_file_is_removed_unless_another_engine_has_it(
+    tmp_path: pathlib.Path, taken_over: bool
+) -> None:
+    path = tmp_path / "here"
+    engine = EngineProcess(FAKE_CORE)
+    engine.wait_ready(config("serve"), listen=f"ipc://{path}")
+    os.kill(engine.pid, signal.SIGKILL)
+    assert select.select([engine.sentinel], [], [], 10.0)[0]
+    assert path.is_socket()
+    with socket.socket(socket.AF_UNIX) as other:
+        if taken_over:
+            path.unlink()
+            other.bind(str(path))
+            other.listen()
+        engine.stop()
+        assert path.exists() == taken_over
 
 
 def test_the_childs_own_cause_is_raised_with_its_traceback() -> None:
