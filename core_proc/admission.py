@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from folovllm.common.messages.core_worker import SamplingRow
 from folovllm.common.messages.frontend_core import EngineCoreRequest, RejectedRequest
-from folovllm.common.sampling_params import MAX_N, MAX_STOP_TOKEN_IDS, MAX_TOP_K
+from folovllm.common.sampling_params import MAX_N, MAX_STOP_TOKEN_IDS, MAX_TOKENS, MAX_TOP_K
 from folovllm.core_proc.request import Request
 
 _MAX_NUMBER = 2**31
@@ -188,7 +188,7 @@ def _sampling_ranges(sampling: SamplingRow) -> Iterator[tuple[str, float, float,
     yield "min_p", sampling.min_p, 0.0, 1.0
     yield "seed", sampling.seed, -(2**63), 2**63 - 1
     yield "sample_index", sampling.sample_index, 0, 0
-    yield "min_tokens", sampling.min_tokens, 0, math.inf
+    yield "min_tokens", sampling.min_tokens, 0, MAX_TOKENS
 
 
 def _check(name: str, value: float, low: float, high: float) -> None:

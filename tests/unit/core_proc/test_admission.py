@@ -72,7 +72,7 @@ def test_L12_L17_L20_prompts_that_can_never_run(prompt: list[int] | bytes, messa
         ("min_p", [-0.1, 2.0, float("nan")]),
         ("seed", [2**63]),
         ("sample_index", [1, -1]),
-        ("min_tokens", [-1]),
+        ("min_tokens", [-1, 2**31, 2**64 - 1]),  # past the worker's bound, which fails a whole step; past int64
         ("stop_token_ids", [b"abc", np.array([-1], "<i4").tobytes(), np.array([VOCABULARY], "<i4").tobytes()]),
         ("stop_token_ids", [np.zeros(1025, "<i4").tobytes()]),
     ],
@@ -91,7 +91,7 @@ def test_L10_sampling_values_out_of_range(field: str, values: list[object]) -> N
         SamplingRow(),
         SamplingRow(temperature=5e-324),
         SamplingRow(temperature=1e300, top_k=2**31 - 1, top_p=1e-9, min_p=1.0, seed=-(2**63)),
-        SamplingRow(min_tokens=2**40, stop_token_ids=np.arange(VOCABULARY, dtype="<i4").tobytes()),
+        SamplingRow(min_tokens=2**31 - 1, stop_token_ids=np.arange(VOCABULARY, dtype="<i4").tobytes()),
     ],
 )
 def test_L10_extreme_values_in_range_are_let_in(sampling: SamplingRow) -> None:
