@@ -22,7 +22,6 @@ from folovllm.common.messages.frontend_core import (
     FrontendToCore,
     GetStats,
     Ping,
-    RejectedRequest,
     Welcome,
 )
 from folovllm.common.messages.lifecycle import PROTOCOL_VERSION, BadFrame, Hello
@@ -103,12 +102,6 @@ class Frontends:
                 self._send_outputs(client, numbers, token_ids, finished)
         for client in list(finished):
             self._send_outputs(client, b"", b"", finished)
-
-    def reject(self, frontend: Frontend, rejected: list[RejectedRequest]) -> None:
-        """Tells a frontend which of its requests were refused."""
-        for refusal in rejected:
-            logger.debug("%s: request %d refused: %s", frontend.name, refusal.number, refusal.message)
-        self.send(frontend, EngineCoreOutputs(rejected=rejected))
 
     def ping(self, now_s: float) -> None:
         """Once a second: finds frontends that are gone."""
