@@ -2,17 +2,21 @@
 
 The parent holds the writing end of a pipe, the *death pipe*; the child inherits the reading end. The parent's end, by
 whatever cause, closes the pipe, and the child's watch sees end-of-file: it ends the child, in order while the main
-loop answers, by force after a grace. Closing the pipe on purpose is also how a parent stops a child, so there is one
-way to stop and it is exercised at every exit. A worker also asks the kernel to kill it with its parent
-(PR_SET_PDEATHSIG), since a long call into a device driver can keep Python's watch thread from running.
+loop answers, by force after a grace. Through the pipe a parent also stops a child on purpose, so there is one way to
+stop and it is exercised at every exit; it then writes a byte before it closes the pipe, since a fork of the parent that
+lives on keeps the pipe open. What has arrived is never read, so that all who watch the pipe see it. A worker also asks
+the kernel to kill it with its parent (PR_SET_PDEATHSIG), since a long call into a device driver can keep Python's watch
+thread from running.
 
 The child is started from a thread that lives until the child has ended: the kernel ties PR_SET_PDEATHSIG to the
 *thread* that started the child, and the same thread waits for the child, so that its end is known at once.
 """
 
+import contextlib
 import ctypes
 import os
 import pathlib
+import select
 import signal
 import subprocess
 import sys
@@ -24,7 +28,6 @@ import folovllm
 from folovllm.common.config import child_environment
 
 _PR_SET_PDEATHSIG = 1
-_READ_SIZE = 64
 
 
 class ChildProcess:
@@ -86,8 +89,10 @@ class ChildProcess:
         return not self._thread.is_alive()
 
     def ask_to_stop(self) -> None:
-        """Closes the death pipe: the child ends by itself. May be called again."""
+        """Writes to the death pipe and closes it: the child ends by itself. May be called again."""
         if self._death_write >= 0:
+            with contextlib.suppress(BrokenPipeError):  # it has ended already
+                os.write(self._death_write, b"x")
             os.close(self._death_write)
             self._death_write = -1
 
@@ -121,10 +126,10 @@ def _start(command: list[str], death_read: int) -> "subprocess.Popen[bytes]":
 
 
 class ParentWatch:
-    """The child's side of the death pipe. `fd` becomes readable (end-of-file) when the parent is gone or wants the end.
+    """The child's side of the death pipe. `fd` becomes readable, and stays so, when the parent ends or wants the end.
 
     Start it on the first line of `main`. The main loop polls `fd` and ends in order; if the process is still there
-    `grace_s` seconds after the pipe closed, the watch thread calls `last_will` and ends it.
+    `grace_s` seconds later, the watch thread calls `last_will` and ends it.
     """
 
     def __init__(self, death_fd: int, grace_s: float, last_will: Callable[[], None]) -> None:
@@ -138,8 +143,9 @@ class ParentWatch:
         self._last_will = last_will
 
     def _watch(self) -> None:
-        while os.read(self.fd, _READ_SIZE):
-            pass  # nothing is ever written to the pipe; only its end matters
+        poll = select.poll()
+        poll.register(self.fd, select.POLLIN)
+        poll.poll()
         time.sleep(self._grace_s)  # the main thread is cleaning up; if it ends in time, this thread goes with it
         self._last_will()
         os._exit(0)

@@ -68,6 +68,19 @@ def test_a_child_that_listens_ends_in_order(tmp_path: pathlib.Path) -> None:
         assert not (tmp_path / "pid.will").exists()
 
 
+@pytest.mark.parametrize(("mode", "has_will"), [("orderly", False), ("stuck", True)])
+def test_a_fork_that_lives_on_does_not_keep_the_child_from_ending(
+    tmp_path: pathlib.Path, mode: str, has_will: bool
+) -> None:
+    with running_child(tmp_path, mode) as child:
+        held_open = os.dup(child._death_write)  # as a fork has it
+        try:
+            assert child.stop(BOUND_S) == 0
+        finally:
+            os.close(held_open)
+        assert (tmp_path / "pid.will").exists() == has_will
+
+
 def test_a_child_that_is_stuck_ends_by_its_watch_after_its_last_will(tmp_path: pathlib.Path) -> None:
     with running_child(tmp_path, "stuck") as child:
         assert child.stop(BOUND_S) == 0
