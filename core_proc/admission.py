@@ -17,8 +17,8 @@ from folovllm.core_proc.request import Request
 
 _MAX_NUMBER = 2**31
 _TOKEN_ID_BYTES = 4
-_SMALLEST_RETRY_S = 1.0
-_LARGEST_RETRY_S = 60.0
+_SMALLEST_RETRY_S = 1.0  # HTTP's Retry-After counts whole seconds
+_LARGEST_RETRY_S = 60.0  # the estimate is worth little beyond, and room may come sooner
 _WEIGHT_OF_THE_NEWEST = 0.1  # in the running mean of the time between two ends
 
 

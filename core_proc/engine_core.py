@@ -29,7 +29,7 @@ from folovllm.core_proc.request import RequestStatus
 from folovllm.core_proc.scheduler import Scheduler, StepOutcome
 from folovllm.core_proc.waiter import Waiter
 
-_TICK_MS = 1000
+_TICK_MS = 1000  # how late a ping, the bound on a step or the check of the books may be
 
 logger = get_logger(__name__)
 

@@ -27,7 +27,9 @@ from folovllm.core_proc.refusals import Refusals, receive_waiting
 from folovllm.core_proc.waiter import Waiter
 
 WORKER_NAME = "worker-0"
-STEP_BOUND_S = 600.0  # a worker that answers no step for so long is taken for dead
+STEP_BOUND_S = (
+    600.0  # a worker that answers no step for so long is taken for dead; far beyond any step, on a slow CPU too
+)
 _DEATH_CAUSE_BOUND_S = 1.0  # from a lost connection to the end of the process
 _LAST_WORDS_BOUND_MS = 300  # from the end of the process to its last frame's arrival
 _INPUT = WORKER_NAME.encode()

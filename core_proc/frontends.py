@@ -30,7 +30,7 @@ from folovllm.core_proc.refusals import Refusals, receive_waiting
 from folovllm.core_proc.request import Request
 from folovllm.core_proc.scheduler import StepOutcome
 
-PING_INTERVAL_S: Final = 1.0
+PING_INTERVAL_S: Final = 1.0  # how long a frontend that is gone may keep its blocks
 _PING: Final = encode(Ping())
 _TOKEN_ID_BYTES = 4
 _MAX_NAME_CHARACTERS = 32  # it is a peer's own, and goes into the log

@@ -25,7 +25,7 @@ from folovllm.frontend.outputs import RequestOutput
 from folovllm.frontend.startup_table import StartupReport
 from folovllm.frontend.tokenizer import Tokenizer
 
-_STATS_TIMEOUT_S = 10.0
+_STATS_TIMEOUT_S = 10.0  # as in `llm`
 
 
 class AsyncLLM:

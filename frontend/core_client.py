@@ -32,8 +32,8 @@ from folovllm.frontend import int32
 from folovllm.frontend.engine_process import EngineProcess
 
 NUMBER_LIMIT = 2**31
-_MAX_REQUESTS_PER_FRAME = 256
-_END_WAIT_S = 2.0
+_MAX_REQUESTS_PER_FRAME = 256  # of 2**17 tokens each: 128 MiB, half of what a frame may have
+_END_WAIT_S = 2.0  # a core that fails hangs up first, then lingers for 0.5 s: its own words say more than a lost line
 _LOST = zmq.EVENT_DISCONNECTED
 _REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 

@@ -55,7 +55,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # Raised whenever the folder's content changes, so that a folder of an older version is not taken for a new one.
 FOLDER_VERSION = 1
 
-_DOWNLOAD_TIMEOUT_S = 900
+_DOWNLOAD_TIMEOUT_S = 900  # 93 MB at 1 Mbit/s take 750 s
 _TOKEN_TYPE_CONTROL = 3
 _TOKEN_TYPE_USER_DEFINED = 4
 _GENERATION_KEYS = {

@@ -34,7 +34,7 @@ from folovllm.common.messages.lifecycle import (
 from folovllm.common.transport import Decoder, bind, encode, is_served, make_runtime_dir, new_socket, remove_socket_file
 
 _CORE_MODULE = "folovllm.core_proc"
-_STOP_GRACE_S = 4.0
+_STOP_GRACE_S = 4.0  # longer than the core takes to end itself by force (3.5 s), so that its files go with it
 logger = get_logger(__name__)
 
 

@@ -19,7 +19,7 @@ from folovllm.frontend.detokenizer import stop_strings_by_token
 from folovllm.frontend.generation_defaults import ModelDefaults
 from folovllm.frontend.tokenizer import Tokenizer
 
-_GREEDY_BELOW = 1e-5
+_GREEDY_BELOW = 1e-5  # the worker takes such a request for greedy too
 _PRIORITY_LIMIT = 2**31
 
 

@@ -28,7 +28,7 @@ from folovllm.frontend.progress import Progress
 from folovllm.frontend.startup_table import StartupReport
 from folovllm.frontend.tokenizer import Tokenizer
 
-_STATS_TIMEOUT_S = 10.0
+_STATS_TIMEOUT_S = 10.0  # the core answers within one turn of its loop: one that takes so long does not work
 
 
 class LLM:

@@ -13,7 +13,7 @@ from folovllm.common.log import get_logger
 from folovllm.common.messages.core_worker import ModelRunnerOutput
 from folovllm.common.transport import connect, encode, new_socket
 
-_LINGER_MS = 500
+_LINGER_MS = 500  # the last results have so long to leave; a core that is gone must not hold up the end
 _MAX_LOGGED_BYTES = 200
 
 logger = get_logger(__name__)

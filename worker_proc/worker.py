@@ -16,7 +16,7 @@ from folovllm.worker_proc.core_link import CoreLink, StopRequested
 from folovllm.worker_proc.output_thread import OutputThread, PendingOutput
 from folovllm.worker_proc.phases import Phases
 
-_OUTPUT_THREAD_BOUND_S = 1.0
+_OUTPUT_THREAD_BOUND_S = 1.0  # with the 0.5 s that frames linger, the grace of 1.5 s that a worker has to end
 
 logger = get_logger(__name__)
 
