@@ -6,7 +6,6 @@ shard or a foreign tensor ends in an error that names it, never in random or ign
 """
 
 import pathlib
-from collections.abc import Callable
 
 import msgspec
 import safetensors
@@ -14,8 +13,6 @@ import torch
 
 from folovllm.common.errors import ModelError
 from folovllm.worker_proc.models.registry import CausalLM
-
-Progress = Callable[[int, int], None]  # tensors done, tensors in all
 
 _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
@@ -28,7 +25,7 @@ class _Index(msgspec.Struct):
     weight_map: dict[str, str]
 
 
-def load_weights(model: CausalLM, folder: pathlib.Path, progress: Progress | None = None) -> None:
+def load_weights(model: CausalLM, folder: pathlib.Path) -> None:
     """Copies the checkpoint in `folder` into `model` and brings it into its final layout.
 
     Raises:
@@ -37,11 +34,8 @@ def load_weights(model: CausalLM, folder: pathlib.Path, progress: Progress | Non
     """
     places = dict(model.checkpoint_tensors())
     spare = model.spare_tensors()
-    total = len(places)
     for path in checkpoint_files(folder):
         _load_file(path, places, spare)
-        if progress is not None:
-            progress(total - len(places), total)
     if places:
         raise ModelError(f"{folder}: {_names(places)} missing from the checkpoint")
     model.finish_loading()

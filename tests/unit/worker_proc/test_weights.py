@@ -1,5 +1,4 @@
 import pathlib
-from typing import Any
 
 import pytest
 import safetensors.torch
@@ -131,12 +130,3 @@ def test_stored_types_are_cast(tmp_path: pathlib.Path, stored: torch.dtype) -> N
     assert close(logits_of(load(tmp_path), tmp_path), reference(tmp_path))
     tensors = dict(load(tmp_path, torch.float16).checkpoint_tensors())
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
-
-
-def test_progress_counts_tensors(tmp_path: pathlib.Path) -> None:
-    make_model(tmp_path, "llama", shard_size="40KB")
-    calls: list[tuple[int, int]] = []
-    model: Any = build_model(read_model_config(tmp_path), Placement(torch.device("cpu"), torch.float32), 64)
-    load_weights(model, tmp_path, lambda done, total: calls.append((done, total)))
-    assert calls == sorted(calls) and len(calls) == len(checkpoint_files(tmp_path))
-    assert calls[-1] == (2 * 9 + 3, 2 * 9 + 3)
