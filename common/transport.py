@@ -28,7 +28,7 @@ from folovllm.common.errors import ConfigError, ProtocolError
 T = TypeVar("T")
 
 MAX_IPC_PATH_BYTES: Final = 100  # sun_path holds 108 with its final zero; room is left for socket names of ours
-MAX_FRAME_BYTES: Final = 256 * 2**20  # what a peer can make us hold at once; see `core_client` for the largest of ours
+MAX_FRAME_BYTES: Final = 256 * 2**20  # bounds what a peer can make us hold at once; `core_client` keeps well below
 _RUNTIME_DIR_PREFIX: Final = "folovllm-"
 HEARTBEAT_INTERVAL_MS: Final = 1000
 HEARTBEAT_TIMEOUT_MS: Final = 10_000  # a hiccup of the network passes, a peer that is gone frees its blocks soon

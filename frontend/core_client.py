@@ -7,7 +7,7 @@ EngineFailed, and the loss of the connection (an engine that somebody else start
 import os
 import select
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -32,7 +32,8 @@ from folovllm.frontend import int32
 from folovllm.frontend.engine_process import EngineProcess
 
 NUMBER_LIMIT = 2**31
-_MAX_REQUESTS_PER_FRAME = 256  # of 2**17 tokens each: 128 MiB, half of what a frame may have
+_MAX_REQUESTS_PER_FRAME = 256  # the core does nothing else while it admits them
+_MAX_PROMPT_BYTES_PER_FRAME = 64 * 2**20  # a frame of over 256 MiB ends the connection (`MAX_FRAME_BYTES`)
 _END_WAIT_S = 2.0  # a core that fails hangs up first, then lingers for 0.5 s: its own words say more than a lost line
 _LOST = zmq.EVENT_DISCONNECTED
 _REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
@@ -119,8 +120,8 @@ class CoreClient:
 
     def add(self, requests: Sequence[EngineCoreRequest]) -> None:
         """Sends new requests; their outcome comes with `receive`."""
-        for start in range(0, len(requests), _MAX_REQUESTS_PER_FRAME):
-            self._send(AddRequests(list(requests[start : start + _MAX_REQUESTS_PER_FRAME])))
+        for portion in frames_of(requests):
+            self._send(AddRequests(portion))
 
     def abort(self, numbers: Sequence[int]) -> None:
         """Tells the core to forget these answers."""
@@ -194,6 +195,21 @@ class CoreClient:
             self._monitor.close(linger=0)
             self._socket.close()
             self._context.term()
+
+
+def frames_of(requests: Sequence[EngineCoreRequest]) -> Iterator[list[EngineCoreRequest]]:
+    """Requests in order, as many at a time as one frame may hold; at least one."""
+    portion: list[EngineCoreRequest] = []
+    num_bytes = 0
+    for request in requests:
+        size = len(request.prompt_token_ids)
+        if len(portion) == _MAX_REQUESTS_PER_FRAME or (portion and num_bytes + size > _MAX_PROMPT_BYTES_PER_FRAME):
+            yield portion
+            portion, num_bytes = [], 0
+        portion.append(request)
+        num_bytes += size
+    if portion:
+        yield portion
 
 
 def _descriptor(socket: "zmq.Socket[bytes]") -> int:

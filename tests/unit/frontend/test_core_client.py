@@ -13,7 +13,7 @@ from folovllm.common.messages.frontend_core import EngineCoreOutputs, EngineCore
 from folovllm.common.messages.lifecycle import BadFrame
 from folovllm.common.transport import encode, load_keys
 from folovllm.frontend import int32
-from folovllm.frontend.core_client import NUMBER_LIMIT, CoreClient
+from folovllm.frontend.core_client import NUMBER_LIMIT, CoreClient, frames_of
 from folovllm.frontend.engine_process import EngineProcess
 from tests.fakes.fake_core_for_frontend import FakeCore
 from tests.unit.frontend.test_engine_process import FAKE_CORE
@@ -58,6 +58,15 @@ def test_many_requests_go_in_several_frames(client: CoreClient, core: FakeCore) 
     client.add([request(number) for number in range(700)])
     outputs_of(client, set(range(700)))
     assert [r.number for r in core.requests] == list(range(700))
+
+
+def test_long_prompts_keep_a_frame_below_the_bound() -> None:
+    lengths = [20, 20, 24, 1, 64, 65, 1]  # MiB
+    data = {length: bytes(length * 2**20) for length in set(lengths)}
+    requests = [EngineCoreRequest(i, "r", data[length], SamplingRow(), 1) for i, length in enumerate(lengths)]
+    frames = list(frames_of(requests))
+    assert [[request.number for request in frame] for frame in frames] == [[0, 1, 2], [3], [4], [5], [6]]
+    assert list(frames_of([])) == []
 
 
 def test_abort(client: CoreClient, core: FakeCore) -> None:
