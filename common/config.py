@@ -21,6 +21,7 @@ AttentionBackendName = Literal["auto", "torch_naive", "paged"]
 MAX_SLOTS = 65536
 MAX_PIPELINE_DEPTH = 2
 
+_HUGE_PAGES = "glibc.malloc.hugetlb=1"  # glibc ≥ 2.35; others ignore it
 _OMP_SPIN_COUNT = "3000"  # about 60 µs: longer than the waits within a step, shorter than a time slice
 
 
@@ -137,12 +138,15 @@ def default_log_level() -> str:
 def child_environment(package_parent: str) -> dict[str, str]:
     """This process's environment, with the folder that holds the package first on PYTHONPATH.
 
-    A child must find the very package that started it, whatever the working directory is. Threads of a parallel region
-    that wait for each other spin for a moment only, then sleep: with libgomp's default of some milliseconds a step of
-    23 ms takes 1.9 s as soon as another process wants one of the cores (`docs/performance.md`). Settings of the user's
-    own are kept.
+    A child must find the very package that started it, whatever the working directory is. Two settings are for speed
+    (figures in `docs/performance.md`); where the user has set one, it is kept:
+
+    * GOMP_SPINCOUNT: threads of a parallel region that wait for each other spin for a moment only, then sleep. With
+      libgomp's default of some milliseconds a step of 23 ms takes 1.9 s as soon as another process wants a core.
+    * GLIBC_TUNABLES: memory comes in huge pages where the system allows them. A step reads all weights; with small
+      pages it waits for address translation.
     """
-    environment = {"GOMP_SPINCOUNT": _OMP_SPIN_COUNT} | dict(os.environ)
+    environment = {"GOMP_SPINCOUNT": _OMP_SPIN_COUNT, "GLIBC_TUNABLES": _HUGE_PAGES} | dict(os.environ)
     rest = environment.get("PYTHONPATH")
     environment["PYTHONPATH"] = os.pathsep.join([package_parent, rest] if rest else [package_parent])
     return environment

@@ -104,3 +104,10 @@ def test_threads_of_a_child_spin_briefly_unless_the_user_says_otherwise(monkeypa
     assert 1000 < int(child_environment("/ours")["GOMP_SPINCOUNT"]) < 100_000
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
     assert child_environment("/ours")["GOMP_SPINCOUNT"] == "7"
+
+
+def test_children_get_huge_pages_unless_the_user_tunes_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    assert child_environment("/ours")["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=1")
+    assert child_environment("/ours")["GLIBC_TUNABLES"] == "glibc.malloc.check=1"
