@@ -23,7 +23,7 @@ from folovllm.core_proc.request_queue import RequestQueue
 from folovllm.core_proc.slot_table import Mask, Slots, SlotTable
 from folovllm.core_proc.step_builder import StepBuilder, StepInFlight
 
-NO_TOKEN_LEFT = "the request's constraints left no token to choose"
+NO_TOKEN_LEFT = "no token could be chosen: constraints left none, or the network's numbers overflowed"
 
 
 @dataclasses.dataclass(slots=True, frozen=True, eq=False)

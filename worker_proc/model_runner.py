@@ -14,26 +14,25 @@ from folovllm.worker_proc.kv_tensors import KVTensors
 from folovllm.worker_proc.models.registry import CausalLM
 from folovllm.worker_proc.request_states import RequestStates
 from folovllm.worker_proc.sample.constraints import apply_constraints
-from folovllm.worker_proc.sample.sampler import sample
+from folovllm.worker_proc.sample.sampler import Sampled, sample
 from folovllm.worker_proc.step_arrays import StepArrays
+
+_VOID = -1  # travels to the host in place of a token that means nothing: one copy tells both
 
 
 class StepResult:
-    """A step's tokens on their way to the host."""
+    """A step's tokens on their way to the host; None if no slot samples."""
 
-    def __init__(self, step_id: int, token_ids: Download | None, without_token: Download | None) -> None:
+    def __init__(self, step_id: int, sampled: Sampled | None) -> None:
         self.step_id = step_id
-        self._token_ids = token_ids
-        self._without_token = without_token
+        self._tokens = None if sampled is None else Download(sampled.token_ids.masked_fill(sampled.is_void, _VOID))
 
     def wait(self) -> ModelRunnerOutput:
         """The result, once the device has it."""
-        if self._token_ids is None:
+        if self._tokens is None:
             return ModelRunnerOutput(self.step_id)
-        tokens = _int32_bytes(self._token_ids.wait())
-        if self._without_token is None:
-            return ModelRunnerOutput(self.step_id, tokens)
-        return ModelRunnerOutput(self.step_id, tokens, _int32_bytes(np.flatnonzero(self._without_token.wait())))
+        tokens = self._tokens.wait()
+        return ModelRunnerOutput(self.step_id, _int32_bytes(tokens), _int32_bytes(np.flatnonzero(tokens == _VOID)))
 
 
 class ModelRunner:
@@ -70,12 +69,12 @@ class ModelRunner:
         attention = self._backend.begin_step(self._kv, batch.metadata)
         hidden = self._model.forward(batch.input_ids, batch.positions, attention)
         if batch.num_sampling == 0:
-            return StepResult(step.step_id, None, None)
+            return StepResult(step.step_id, None)
         logits = self._model.compute_logits(batch.sampling_rows(hidden))[:, : self._num_valid_token_ids]
-        without_token = apply_constraints(logits, batch.constraints)
-        token_ids = sample(logits, batch.sampling)
-        self._states.record(index.sampling_slots, batch.next_positions, token_ids)
-        return StepResult(step.step_id, Download(token_ids), None if without_token is None else Download(without_token))
+        apply_constraints(logits, batch.constraints)
+        sampled = sample(logits, batch.sampling)
+        self._states.record(index.sampling_slots, batch.next_positions, sampled.token_ids)
+        return StepResult(step.step_id, sampled)
 
     def _copy_blocks(self, arrays: StepArrays) -> None:
         if len(arrays.copy_sources):

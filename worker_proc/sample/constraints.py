@@ -2,8 +2,8 @@
 
 Constraints change logits in this order, which is that of `Precedence`: logit bias first, since it only adds; then what
 forbids: allowed ids, grammar, bad words, min_tokens. Forbidding is final (-inf stays -inf whatever is added), so
-a later constraint can only take away. Last, the rows that are left without any token are reported: such a request ends
-with a reason, argmax over nothing never happens.
+a later constraint can only take away. A row that is left without any token is found by the sampler and ends its request
+with a reason.
 
 A new kind of constraint is a class with `precedence` and `apply`, and one member here.
 """
@@ -51,14 +51,7 @@ class MinTokens:
         logits[self._rows, self._tokens] = -math.inf
 
 
-def apply_constraints(logits: torch.Tensor, constraints: Sequence[Constraint]) -> torch.Tensor | None:
-    """Applies all constraints of a step to `logits` [R, V], in place and in order of precedence.
-
-    Returns:
-        [R] bool, True for rows that have no token left; None if there was nothing to apply.
-    """
-    if not constraints:
-        return None
+def apply_constraints(logits: torch.Tensor, constraints: Sequence[Constraint]) -> None:
+    """Applies all constraints of a step to `logits` [R, V], in place and in order of precedence."""
     for constraint in sorted(constraints, key=lambda each: each.precedence):
         constraint.apply(logits)
-    return logits.amax(dim=-1) == -math.inf

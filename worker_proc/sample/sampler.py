@@ -18,6 +18,7 @@ always; only where these do not (a nucleus that is wider, that many equal values
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -92,21 +93,32 @@ def split_rows(
     return plain, filtered
 
 
-def sample(logits: torch.Tensor, params: SamplingTensors) -> torch.Tensor:
+class Sampled(NamedTuple):
+    """What was drawn.
+
+    Attributes:
+        token_ids: [R] int64, below V.
+        is_void: [R] bool; rows whose largest logit is no finite number: constraints left no token, or the network
+            overflowed. Their token means nothing.
+    """
+
+    token_ids: torch.Tensor
+    is_void: torch.Tensor
+
+
+def sample(logits: torch.Tensor, params: SamplingTensors) -> Sampled:
     """Draws one token for each row.
 
     Args:
         logits: [R, V] float32, already cut to the ids the tokenizer knows; not changed.
         params: of the R rows.
-
-    Returns:
-        [R] int64 token ids below V. The token of a row without any finite logit is void.
     """
-    tokens = logits.argmax(dim=-1)
+    tokens = logits.argmax(dim=-1)  # takes a NaN for the largest
+    is_void = ~logits.gather(1, tokens[:, None])[:, 0].isfinite()
     for rows, draw in ((params.plain_rows, _draw_plain), (params.filtered_rows, _draw_filtered)):
         if rows is not None:
             tokens.index_copy_(0, rows, draw(logits, rows, params))
-    return tokens
+    return Sampled(tokens, is_void)
 
 
 def _draw_plain(logits: torch.Tensor, rows: torch.Tensor, params: SamplingTensors) -> torch.Tensor:

@@ -43,7 +43,7 @@ def tensors(rows: list[Row]) -> SamplingTensors:
 
 
 def draw(logits: torch.Tensor, *rows: Row) -> list[int]:
-    drawn: list[int] = sample(logits, tensors(list(rows))).tolist()
+    drawn: list[int] = sample(logits, tensors(list(rows))).token_ids.tolist()
     return drawn
 
 
@@ -224,3 +224,16 @@ def test_split_rows() -> None:
     assert is_greedy(9.9e-6, 0) and is_greedy(1.0, 1) and not is_greedy(1e-5, 0)
     assert has_filter(2, 1.0, 0.0) and has_filter(0, 0.99, 0.0) and has_filter(0, 1.0, 0.1)
     assert not has_filter(0, 1.0, 0.0)
+
+
+@pytest.mark.parametrize("row", [Row(temperature=0.0), Row(), Row(top_k=5), Row(top_p=0.9)])
+def test_rows_without_a_finite_largest_logit_are_void_and_leave_their_neighbours_alone(row: Row) -> None:
+    logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(0))
+    alone = [draw(logits[index : index + 1].clone(), row)[0] for index in range(5)]
+    logits[1] = -math.inf
+    logits[2, 7] = math.nan
+    logits[3, 9] = math.inf
+    sampled = sample(logits, tensors([row] * 5))
+    assert sampled.is_void.tolist() == [False, True, True, True, False]
+    assert all(0 <= token < 300 for token in sampled.token_ids.tolist())
+    assert [sampled.token_ids[index].item() for index in (0, 4)] == [alone[0], alone[4]]
