@@ -83,8 +83,8 @@ class ChildProcess:
             return f"{who} was killed by {signal.Signals(-code).name}"
         return f"{who} ended with exit code {code}"
 
-    def wait(self, timeout_s: float) -> bool:
-        """Waits for the child's end; False if it still runs after `timeout_s` seconds."""
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Waits for the child's end, without a time-out for ever; False if it still runs after `timeout_s` seconds."""
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 

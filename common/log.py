@@ -7,10 +7,12 @@ Lines go to stderr, so that a program's own output on stdout stays clean.
 
 import logging
 import sys
+import time
 
 from folovllm.common.errors import ConfigError
 
 ROOT_NAME = "folovllm"
+_LINES_PER_SECOND = 5
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -22,6 +24,28 @@ class _Formatter(logging.Formatter):
 def get_logger(name: str) -> logging.Logger:
     """The logger of a module; `name` is the module's `__name__`, which starts with `folovllm.`."""
     return logging.getLogger(name)
+
+
+class BoundedWarnings:
+    """Warnings that a peer can cause at will: a few a second; what is left out is counted."""
+
+    def __init__(self, logger: logging.Logger, prefix: str = "") -> None:
+        self._logger = logger
+        self._prefix = prefix
+        self._second = 0
+        self._lines = 0
+
+    def warning(self, text: str) -> None:
+        """Logs `text` behind the prefix, unless this second has had its lines."""
+        second = int(time.monotonic())
+        if second != self._second:
+            if self._lines > _LINES_PER_SECOND:
+                left_out = self._lines - _LINES_PER_SECOND
+                self._logger.warning("%s%d more such lines left out", self._prefix, left_out)
+            self._second, self._lines = second, 0
+        self._lines += 1
+        if self._lines <= _LINES_PER_SECOND:
+            self._logger.warning("%s%s", self._prefix, text)
 
 
 def check_level(level: str) -> str:

@@ -6,6 +6,7 @@ import msgspec
 
 from folovllm.common.errors import RequestError
 
+GREEDY_TEMPERATURE = 1e-5  # below it the most likely token is taken: dividing by it would say the same, or overflow
 MAX_N = 128
 MAX_STOP_STRINGS = 256
 MAX_STOP_CHARACTERS = 4096

@@ -8,6 +8,14 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _SHELL_SIGNAL_BASE = 128  # a shell reports a program that a signal ended as 128 + the signal's number
 
 
+class StopRequested(Exception):
+    """The process is to end now, in order, with `exit_code`."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"stop with exit code {exit_code}")
+        self.exit_code = exit_code
+
+
 class StopSignals:
     """From its making on, `fd` becomes readable, and stays so, when SIGTERM or SIGINT arrives.
 

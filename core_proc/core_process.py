@@ -24,6 +24,7 @@ from folovllm.common.messages.lifecycle import (
     WorkerReady,
 )
 from folovllm.common.model_config import read_model_config
+from folovllm.common.stop_signals import StopRequested
 from folovllm.common.transport import Authenticator, bind, new_socket, remove_socket_file, runtime_dir_of
 from folovllm.core_proc.admission import Admission
 from folovllm.core_proc.block_pool import BlockPool
@@ -34,7 +35,7 @@ from folovllm.core_proc.kv_cache_manager import KVCacheManager
 from folovllm.core_proc.parent_link import ParentLink
 from folovllm.core_proc.request_queue import RequestQueue
 from folovllm.core_proc.scheduler import Scheduler
-from folovllm.core_proc.waiter import StopRequested, Waiter
+from folovllm.core_proc.waiter import Waiter
 
 _WORKER_GRACE_S = 2.0  # from the request to end to SIGKILL
 _LINGER_MS = 500  # the last frames, such as a Failed, have so long to leave

@@ -1,16 +1,14 @@
 """Frames that are not understood: answered with the reason, logged at a bounded rate, and otherwise without effect."""
 
 import contextlib
-import time
 from collections.abc import Iterator
 
 import zmq
 
-from folovllm.common.log import get_logger
+from folovllm.common.log import BoundedWarnings, get_logger
 from folovllm.common.messages.lifecycle import BadFrame
 from folovllm.common.transport import encode
 
-_LINES_PER_SECOND = 5
 _MAX_FRAMES_AT_ONCE = 1024  # so that one peer's flood never keeps the loop from the others
 _MAX_REASON_CHARACTERS = 500  # a reason may quote the peer's own bytes
 
@@ -22,9 +20,7 @@ class Refusals:
 
     def __init__(self, socket: "zmq.Socket[bytes]", link: str) -> None:
         self._socket = socket
-        self._link = link
-        self._second = 0
-        self._lines = 0
+        self._log = BoundedWarnings(logger, f"{link} ")
 
     def refuse(self, identity: bytes, reason: str) -> None:
         """Tells the peer and the log why its frame has no effect."""
@@ -35,14 +31,7 @@ class Refusals:
 
     def note(self, identity: bytes, text: str) -> None:
         """Logs a warning about a peer, unless this second has had its lines."""
-        second = int(time.monotonic())
-        if second != self._second:
-            if self._lines > _LINES_PER_SECOND:
-                logger.warning("%s: %d more such lines left out", self._link, self._lines - _LINES_PER_SECOND)
-            self._second, self._lines = second, 0
-        self._lines += 1
-        if self._lines <= _LINES_PER_SECOND:
-            logger.warning("%s %s: %s", self._link, _shown(identity), text[:_MAX_REASON_CHARACTERS])
+        self._log.warning(f"{_shown(identity)}: {text[:_MAX_REASON_CHARACTERS]}")
 
 
 def receive_waiting(socket: "zmq.Socket[bytes]") -> Iterator[tuple[bytes, bytes | None]]:

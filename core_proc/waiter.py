@@ -5,15 +5,7 @@ from typing import Any
 import zmq
 
 from folovllm.common.child_process import ParentWatch
-from folovllm.common.stop_signals import StopSignals
-
-
-class StopRequested(Exception):
-    """The process is to end now, in order, with `exit_code`."""
-
-    def __init__(self, exit_code: int) -> None:
-        super().__init__(f"stop with exit code {exit_code}")
-        self.exit_code = exit_code
+from folovllm.common.stop_signals import StopRequested, StopSignals
 
 
 class Waiter:

@@ -5,7 +5,6 @@ EngineFailed, and the loss of the connection (an engine that somebody else start
 """
 
 import os
-import select
 import time
 from collections.abc import Container, Iterator, Sequence
 
@@ -173,7 +172,7 @@ class CoreClient:
                 return EngineDeadError(f"the engine at {self._endpoint} does not accept this frontend's key")
             if self._engine is None:
                 return EngineDeadError(f"the connection to the engine at {self._endpoint} was lost")
-            select.select([self._engine.sentinel], [], [], _END_WAIT_S)  # a core that ends hangs up a moment before
+            self._engine.wait_for_end(_END_WAIT_S)  # a core that ends hangs up a moment before
             return self._engine.failure() or EngineDeadError("the engine's core process stopped answering")
         return None
 

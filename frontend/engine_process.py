@@ -82,6 +82,10 @@ class EngineProcess:
         """A descriptor that becomes readable when the core has ended; -1 after `stop`."""
         return self._child.sentinel
 
+    def wait_for_end(self, bound_s: float | None = None) -> None:
+        """Returns when the core has ended, or after `bound_s` seconds."""
+        self._child.wait(bound_s)
+
     def wait_ready(self, config: EngineConfig, *, listen: str = "", started_at: float = 0.0) -> CoreReady:
         """Sends the configuration once the core asks for it, and waits until it serves.
 

@@ -13,13 +13,12 @@ from typing import Any, TypedDict
 from folovllm.common.errors import RequestError
 from folovllm.common.messages.core_worker import SamplingRow
 from folovllm.common.messages.frontend_core import EngineCoreRequest
-from folovllm.common.sampling_params import SamplingParams
+from folovllm.common.sampling_params import GREEDY_TEMPERATURE, SamplingParams
 from folovllm.frontend import int32
 from folovllm.frontend.detokenizer import stop_strings_by_token
 from folovllm.frontend.generation_defaults import ModelDefaults
 from folovllm.frontend.tokenizer import Tokenizer
 
-_GREEDY_BELOW = 1e-5  # the worker takes such a request for greedy too
 _PRIORITY_LIMIT = 2**31
 
 
@@ -240,7 +239,7 @@ class InputProcessor:
         stop_ids = int32.pack(stop.token_ids)
         defaults = self._defaults
         temperature = defaults.temperature if params.temperature is None else params.temperature
-        if temperature < _GREEDY_BELOW:  # also keeps a tiny temperature from overflowing
+        if temperature < GREEDY_TEMPERATURE:  # also keeps a tiny temperature from overflowing
             return SamplingRow(seed=seed, min_tokens=params.min_tokens, stop_token_ids=stop_ids)
         top_k = defaults.top_k if params.top_k is None else params.top_k
         return SamplingRow(

@@ -5,32 +5,22 @@ and has no other effect. It belongs to the main thread; results leave through th
 """
 
 import os
-import time
 import traceback
 
 import zmq
 
 from folovllm.common.child_process import ParentWatch
 from folovllm.common.errors import EngineStartError, ProtocolError
-from folovllm.common.log import get_logger
+from folovllm.common.log import BoundedWarnings, get_logger
 from folovllm.common.messages.core_worker import CoreToWorker, SchedulerOutput, WorkerToCore
 from folovllm.common.messages.lifecycle import PROTOCOL_VERSION, BadFrame, ConfigureWorker, Failed, Hello
-from folovllm.common.stop_signals import StopSignals
+from folovllm.common.stop_signals import StopRequested, StopSignals
 from folovllm.common.transport import Decoder, connect, encode, new_socket
 
 _LINGER_MS = 500  # a last report has so long to leave; a core that is gone must not hold up the end
-_LINES_PER_SECOND = 5
 _MAX_REASON_CHARACTERS = 500  # a reason may quote the frame's own bytes
 
 logger = get_logger(__name__)
-
-
-class StopRequested(Exception):
-    """The process is to end now, in order, with `exit_code`."""
-
-    def __init__(self, exit_code: int) -> None:
-        super().__init__(f"stop with exit code {exit_code}")
-        self.exit_code = exit_code
 
 
 class CoreLink:
@@ -43,7 +33,7 @@ class CoreLink:
         self._socket = new_socket(self.context, zmq.DEALER)
         self._socket.setsockopt_string(zmq.IDENTITY, name)
         self._decoder: Decoder[CoreToWorker] = Decoder(CoreToWorker)
-        self._log = _BoundedLog()
+        self._log = BoundedWarnings(logger)
         self._signals = signals
         self._parent_fd = -1 if watch is None else watch.fd
         self._poller = zmq.Poller()
@@ -119,21 +109,3 @@ class CoreLink:
         reason = reason[:_MAX_REASON_CHARACTERS]
         self._log.warning(f"frame of the core refused: {reason}")
         self.send(BadFrame(reason))
-
-
-class _BoundedLog:
-    """Warnings, a few a second; what is left out is counted."""
-
-    def __init__(self) -> None:
-        self._second = 0
-        self._lines = 0
-
-    def warning(self, text: str) -> None:
-        second = int(time.monotonic())
-        if second != self._second:
-            if self._lines > _LINES_PER_SECOND:
-                logger.warning("%d more such lines left out", self._lines - _LINES_PER_SECOND)
-            self._second, self._lines = second, 0
-        self._lines += 1
-        if self._lines <= _LINES_PER_SECOND:
-            logger.warning("%s", text)

@@ -12,7 +12,8 @@ from folovllm.common.errors import FoloVLLMError, ProtocolError
 from folovllm.common.log import get_logger, setup_logging
 from folovllm.common.messages.core_worker import ModelRunnerOutput, SchedulerOutput
 from folovllm.common.messages.lifecycle import ConfigureWorker
-from folovllm.worker_proc.core_link import CoreLink, StopRequested
+from folovllm.common.stop_signals import StopRequested
+from folovllm.worker_proc.core_link import CoreLink
 from folovllm.worker_proc.output_thread import OutputThread, PendingOutput
 from folovllm.worker_proc.phases import Phases
 

@@ -1,6 +1,5 @@
 """`folovllm engine`: an engine that any number of frontends dial and leave."""
 
-import select
 import signal
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +34,7 @@ def engine(model: str, listen: str, **given: Any) -> None:
         click.echo(started.watch.report(started.ready.phases, started.ready.memory).table())
         click.echo(f"\nready; connect with LLM(engine={started.ready.endpoint!r})")
         click.echo(f"             or with folovllm chat --engine '{started.ready.endpoint}'")
-        select.select([started.process.sentinel], [], [])
+        started.process.wait_for_end()
         failure = started.process.failure()
         if failure is not None:
             raise failure

@@ -12,9 +12,9 @@ from folovllm.common.config import EngineConfig
 from folovllm.common.errors import EngineDeadError
 from folovllm.common.messages.core_worker import ModelRunnerOutput, SchedulerOutput
 from folovllm.common.messages.lifecycle import ConfigureWorker
-from folovllm.common.stop_signals import StopSignals
+from folovllm.common.stop_signals import StopRequested, StopSignals
 from folovllm.core_proc.executor import STEP_BOUND_S, Executor
-from folovllm.core_proc.waiter import StopRequested, Waiter
+from folovllm.core_proc.waiter import Waiter
 from tests.fakes.fake_parent import make_model_dir
 from tests.fakes.fake_worker import Script, WorkerControl
 

@@ -22,9 +22,9 @@ from typing import NamedTuple
 
 import torch
 
+from folovllm.common.sampling_params import GREEDY_TEMPERATURE
 from folovllm.worker_proc.sample.random import uniform
 
-GREEDY_TEMPERATURE = 1e-5
 _CANDIDATES = (128, 1024)
 _LOWEST = torch.finfo(torch.float32).min
 

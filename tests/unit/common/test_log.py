@@ -2,12 +2,13 @@
 
 import logging
 import re
+import time
 from collections.abc import Iterator
 
 import pytest
 
 from folovllm.common.errors import ConfigError
-from folovllm.common.log import ROOT_NAME, check_level, get_logger, setup_logging
+from folovllm.common.log import ROOT_NAME, BoundedWarnings, check_level, get_logger, setup_logging
 
 
 @pytest.fixture(autouse=True)
@@ -47,3 +48,18 @@ def test_an_unknown_level_is_refused() -> None:
     assert check_level("INFO") == "info"
     with pytest.raises(ConfigError, match="log level 'loud' is unknown; choose one of debug, info, warning, error"):
         check_level("loud")
+
+
+def test_warnings_that_a_peer_causes_are_bounded_and_counted(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    setup_logging("core", "info")
+    warnings = BoundedWarnings(get_logger("folovllm.test"), "link ")
+    for number in range(12):
+        warnings.warning(f"frame {number}")
+    now[0] += 1.0
+    warnings.warning("later")
+    lines = [line.split("core     ")[1] for line in capsys.readouterr().err.splitlines()]
+    assert lines == [*(f"link frame {number}" for number in range(5)), "link 7 more such lines left out", "link later"]
