@@ -85,7 +85,10 @@ def load_keys(path: pathlib.Path, *, create: bool) -> CurveKeys:
             _make_keys(path)
         return msgspec.json.decode(path.read_bytes(), type=CurveKeys)
     except FileNotFoundError:
-        message = f"key file {path} does not exist; copy it from the engine's machine, or name it with ?key=FILE"
+        message = (
+            f"key file {path} does not exist: the engine makes it when it starts; "
+            "copy it from the engine's machine, or name it with ?key=FILE"
+        )
         raise ConfigError(message) from None
     except (msgspec.DecodeError, OSError) as error:
         raise ConfigError(f"key file {path} cannot be used: {error}") from error
@@ -158,7 +161,7 @@ def bind(socket: "zmq.Socket[bytes]", endpoint: str) -> tuple[str, Authenticator
     except zmq.ZMQError as error:
         if authenticator is not None:
             authenticator.close()
-        raise ConfigError(f"cannot listen on {endpoint}: {error}") from error
+        raise ConfigError(f"cannot listen on {endpoint}: {error.strerror}") from error
     bound = socket.getsockopt_string(zmq.LAST_ENDPOINT)
     return (f"{bound}?key={parsed.key_file}" if parsed.key_file is not None else bound), authenticator
 

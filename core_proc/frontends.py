@@ -163,8 +163,9 @@ class Frontends:
     def _deliver(self, frontend: Frontend, frame: bytes) -> None:
         try:
             self.socket.send_multipart([frontend.identity, frame], zmq.NOBLOCK)
-        except zmq.ZMQError as error:  # EHOSTUNREACH: the connection is gone
-            self._forget(frontend, f"is gone ({error.strerror})")
+        except zmq.ZMQError as error:
+            expected = error.errno == zmq.EHOSTUNREACH  # how every connection that was closed shows; no failure
+            self._forget(frontend, "is gone" if expected else f"is gone ({error.strerror})")
 
     def _forget(self, frontend: Frontend, why: str) -> None:
         if self._by_client.pop(frontend.client, None) is None:

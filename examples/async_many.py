@@ -19,7 +19,7 @@ async def main() -> None:
     prompts = [f"{country} is a country in" for country in ("France", "Japan", "Kenya", "Peru")]
     async with AsyncLLM(sys.argv[1] if len(sys.argv) > 1 else "demo") as llm:
         for prompt, text in zip(prompts, await asyncio.gather(*(answer(llm, p) for p in prompts)), strict=True):
-            print(f"{prompt}{text!r}")
+            print(f"{prompt} → {text!r}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ def main() -> None:
         first = [answer.text for answer in llm.generate(prompt, params, use_tqdm=False)[0].outputs]
         again = [answer.text for answer in llm.generate(prompt, params, use_tqdm=False)[0].outputs]
     for text in first:
-        print(f"{prompt}{text!r}")
+        print(f"{prompt} → {text!r}")
     print("the same again:", first == again)
 
 

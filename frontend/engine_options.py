@@ -1,5 +1,6 @@
 """The keyword arguments that `LLM`, `AsyncLLM` and the command line share, and how they become an EngineConfig."""
 
+import difflib
 import pathlib
 from typing import Any, TypedDict, cast
 
@@ -46,7 +47,10 @@ def check_names(options: EngineOptions, who: str) -> None:
     known = EngineOptions.__annotations__
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise TypeError(f"{who}() got an unexpected keyword argument {unknown[0]!r}; options are {', '.join(known)}")
+        close = difflib.get_close_matches(unknown[0], ["model", *known], n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        message = f"{who}() got an unexpected keyword argument {unknown[0]!r}{hint}; options are {', '.join(known)}"
+        raise TypeError(message)
 
 
 def make_config(model: pathlib.Path, options: EngineOptions) -> EngineConfig:

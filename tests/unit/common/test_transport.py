@@ -80,7 +80,7 @@ def test_keys_are_made_once_for_the_owner_only(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_missing_or_broken_key_file_is_named(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(ConfigError, match="does not exist; copy it"):
+    with pytest.raises(ConfigError, match="does not exist: the engine makes it"):
         load_keys(tmp_path / "none", create=False)
     broken = tmp_path / "broken"
     broken.write_text("{}")

@@ -278,8 +278,14 @@ def test_a_closed_llm_says_so(core: FakeCore) -> None:
 def test_options_are_refused_where_they_have_no_effect(core: FakeCore, tmp_path: pathlib.Path) -> None:
     with pytest.raises(ConfigError, match=r"block_size, max_num_seqs cannot be given with engine="):
         LLM(engine=core.endpoint, block_size=8, max_num_seqs=4)
-    with pytest.raises(TypeError, match=r"LLM\(\) got an unexpected keyword argument 'blocksize'"):
+    with pytest.raises(
+        TypeError, match=r"LLM\(\) got an unexpected keyword argument 'blocksize' \(did you mean 'block_size'\?\)"
+    ):
         LLM("demo", blocksize=8)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"argument 'modle' \(did you mean 'model'\?\)"):
+        LLM(modle="demo")  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"argument 'tensor_parallel_size'; options are dtype"):
+        LLM("demo", tensor_parallel_size=2)  # type: ignore[call-arg]
     with pytest.raises(ConfigError, match="give a model"):
         LLM()
     with pytest.raises(ConfigError, match="is not what this engine serves"):
