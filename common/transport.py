@@ -161,7 +161,7 @@ def bind(socket: "zmq.Socket[bytes]", endpoint: str) -> tuple[str, Authenticator
     except zmq.ZMQError as error:
         if authenticator is not None:
             authenticator.close()
-        raise ConfigError(f"cannot listen on {endpoint}: {zmq.strerror(error.errno)}") from error
+        raise ConfigError(f"cannot listen on {endpoint}: {zmq.strerror(error.errno or 0)}") from error
     bound = socket.getsockopt_string(zmq.LAST_ENDPOINT)
     return (f"{bound}?key={parsed.key_file}" if parsed.key_file is not None else bound), authenticator
 
