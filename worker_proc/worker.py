@@ -51,8 +51,8 @@ class Worker:
         except StopRequested as stop:
             logger.debug("%s", stop)
             return stop.exit_code
-        except FoloVLLMError as error:  # its text says all there is to say
-            logger.error("%s: %s", type(error).__name__, error)
+        except FoloVLLMError as error:  # its text says all there is to say, and the core will say it
+            logger.info("%s: %s", type(error).__name__, error)
             self._link.report(error)
         except Exception as error:
             logger.exception("the worker failed")
