@@ -43,12 +43,21 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         kv_cache_memory_gb: size of the KV pool in GiB, instead of deriving it; None derives it.
         max_num_seqs: requests running at once (slots).
         max_num_batched_tokens: token budget of one step.
+        long_prefill_token_threshold: most tokens of one prompt in one step, so that shorter prompts pass a long one;
+            None sets no bound but the step's.
+        max_num_partial_prefills: prompts that may be partly computed at once; None sets no bound.
+        target_itl_ms: milliseconds between two tokens of a running request that prompts must not exceed: chunks are
+            sized by how long steps take; None leaves the step's token budget as the only bound.
+        enable_prefix_caching: take over K and V of a prompt's beginning where another request has computed it.
         scheduling_policy: "fcfs", or "priority" (lower numbers first).
         pipeline_depth: steps in flight, 1 or 2.
         max_num_queued_reqs: bound on waiting requests; more are refused.
         max_num_queued_tokens: bound on the prompt tokens of waiting requests; None sets no bound.
         attention_backend: "auto" chooses and logs why.
+        logits_processors: functions "module:function" that requests may name, loaded by the worker at start.
         cpu_threads: threads of the CPU worker; None takes the physical cores this process may use.
+        trace_file: where the scheduler's decisions are recorded, for `folovllm trace`; None records nothing.
+        log_interval_s: seconds between two log lines about the engine's state while it works; 0 logs none.
         log_level: debug, info, warning or error.
     """
 
@@ -65,12 +74,19 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kv_cache_memory_gb: float | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
+    long_prefill_token_threshold: int | None = None
+    max_num_partial_prefills: int | None = None
+    target_itl_ms: float | None = None
+    enable_prefix_caching: bool = True
     scheduling_policy: SchedulingPolicy = "fcfs"
     pipeline_depth: int = 2
     max_num_queued_reqs: int = 100_000
     max_num_queued_tokens: int | None = None
     attention_backend: AttentionBackendName = "auto"
+    logits_processors: tuple[str, ...] = ()
     cpu_threads: int | None = None
+    trace_file: str | None = None
+    log_interval_s: float = 10.0
     log_level: str = "info"
 
     def __post_init__(self) -> None:
@@ -91,6 +107,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         check_optional_range("max_num_queued_tokens", self.max_num_queued_tokens, 1, 2**53)
         check_optional_range("cpu_threads", self.cpu_threads, 1, 4096)
         check_optional_range("kv_cache_memory_gb", self.kv_cache_memory_gb, 0.0, 2.0**20)
+        check_optional_range("long_prefill_token_threshold", self.long_prefill_token_threshold, 1, 2**24)
+        check_optional_range("max_num_partial_prefills", self.max_num_partial_prefills, 1, MAX_SLOTS)
+        check_optional_range("target_itl_ms", self.target_itl_ms, 0.1, 3_600_000.0)
+        check_flag("enable_prefix_caching", self.enable_prefix_caching)
+        check_range("log_interval_s", self.log_interval_s, 0.0, 86_400.0)
         check_range("gpu_memory_utilization", self.gpu_memory_utilization, 0.01, 1.0)
         check_level(self.log_level)
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -107,6 +128,12 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raises ConfigError unless `value` is one of `choices`."""
     if value not in choices:
         raise ConfigError(f"{name}={value!r} is not known; choose one of {', '.join(choices)}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raises ConfigError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}={value!r} must be True or False")
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:

@@ -92,6 +92,8 @@ def type_name(kind: Any) -> str:
         return " | ".join(type_name(arg) for arg in args)
     if origin is not None:
         return f"{type_name(origin)}[{', '.join(type_name(arg) for arg in args)}]"
+    if kind is Ellipsis:
+        return "..."
     return "None" if kind is types.NoneType else str(kind.__name__)
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 import pathlib
+from collections.abc import Sequence
 from typing import Any, TypedDict, cast
 
 from folovllm.common.config import (
@@ -13,6 +14,7 @@ from folovllm.common.config import (
     SchedulingPolicy,
     default_log_level,
 )
+from folovllm.common.errors import ConfigError
 
 
 class EngineOptions(TypedDict, total=False):
@@ -33,12 +35,19 @@ class EngineOptions(TypedDict, total=False):
     kv_cache_memory_gb: float | None
     max_num_seqs: int
     max_num_batched_tokens: int
+    long_prefill_token_threshold: int | None
+    max_num_partial_prefills: int | None
+    target_itl_ms: float | None
+    enable_prefix_caching: bool
     scheduling_policy: SchedulingPolicy
     pipeline_depth: int
     max_num_queued_reqs: int
     max_num_queued_tokens: int | None
     attention_backend: AttentionBackendName
+    logits_processors: Sequence[str]
     cpu_threads: int | None
+    trace_file: str | None
+    log_interval_s: float
     log_level: str | None
 
 
@@ -58,4 +67,8 @@ def make_config(model: pathlib.Path, options: EngineOptions) -> EngineConfig:
     given = dict(cast("dict[str, Any]", options))
     if given.get("log_level") is None:
         given["log_level"] = default_log_level()
+    processors = given.get("logits_processors", ())
+    if isinstance(processors, str) or not all(isinstance(name, str) for name in processors):
+        raise ConfigError(f"logits_processors={processors!r} must be a list of 'module:function'")
+    given["logits_processors"] = tuple(processors)
     return EngineConfig(model=str(model), **given)

@@ -9,11 +9,25 @@ from typing import Literal
 
 import msgspec
 
-from folovllm.common.messages.core_worker import SamplingRow
+from folovllm.common.messages.core_worker import Logprobs, SamplingRow
 from folovllm.common.messages.lifecycle import BadFrame, Hello
 
 FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
 RejectKind = Literal["invalid", "queue_full", "draining"]
+GrammarKind = Literal["json", "json_object", "regex", "choice", "lark"]
+
+
+class Grammar(msgspec.Struct, array_like=True, gc=False, frozen=True):
+    """What an answer must look like.
+
+    Attributes:
+        kind: how `text` is to be read.
+        text: a JSON schema, nothing (json_object: any JSON object), a regular expression, a JSON list of strings
+            (choice), or a Lark grammar.
+    """
+
+    kind: GrammarKind
+    text: str
 
 
 class EngineCoreRequest(msgspec.Struct, array_like=True, omit_defaults=True, gc=False, frozen=True):
@@ -27,7 +41,12 @@ class EngineCoreRequest(msgspec.Struct, array_like=True, omit_defaults=True, gc=
         max_tokens: most output tokens of each answer.
         n: number of answers.
         priority: lower runs first where the policy is "priority".
-        stream: True: every token is reported in the step that made it; False: once, at the end.
+        stream: True: every token is reported in the step that made it; False: once, at the end. Log probabilities are
+            only reported to streaming requests.
+        timeout_s: seconds from receipt after which the answers end with reason "timeout"; None sets no bound.
+        grammar: None, or what each answer must look like.
+        cache_salt: only requests with the same salt share cached blocks.
+        skip_reading_prefix_cache: compute the whole prompt, whatever the cache has of it.
     """
 
     number: int
@@ -38,6 +57,10 @@ class EngineCoreRequest(msgspec.Struct, array_like=True, omit_defaults=True, gc=
     n: int = 1
     priority: int = 0
     stream: bool = False
+    timeout_s: float | None = None
+    grammar: Grammar | None = None
+    cache_salt: str = ""
+    skip_reading_prefix_cache: bool = False
 
 
 class AddRequests(msgspec.Struct, array_like=True, gc=False, frozen=True, tag="add"):
@@ -67,6 +90,16 @@ class GetStats(msgspec.Struct, array_like=True, gc=False, frozen=True, tag="get-
 
     Attributes:
         ticket: any number; echoed, so that an answer is matched to its question.
+    """
+
+    ticket: int
+
+
+class ResetPrefixCache(msgspec.Struct, array_like=True, gc=False, frozen=True, tag="reset-prefix-cache"):
+    """Frontend → core: forget what is cached; blocks in use by running requests stay, but are found no more.
+
+    Attributes:
+        ticket: any number; echoed by the EngineStats that answer.
     """
 
     ticket: int
@@ -144,6 +177,20 @@ class RejectedRequest(msgspec.Struct, array_like=True, omit_defaults=True, gc=Fa
     retry_after_s: float = 0.0
 
 
+class RequestPromptLogprobs(msgspec.Struct, array_like=True, gc=False, frozen=True):
+    """Log probabilities of consecutive prompt tokens; of a request with `n` answers only the first reports them.
+
+    Attributes:
+        number: the request's, that of its first answer.
+        start: position in the prompt of the first token reported, ≥ 1.
+        logprobs: one place for each token.
+    """
+
+    number: int
+    start: int
+    logprobs: Logprobs
+
+
 class EngineCoreOutputs(msgspec.Struct, array_like=True, omit_defaults=True, gc=False, frozen=True, tag="outputs"):
     """Core → frontend: what one step brought for this frontend.
 
@@ -152,12 +199,18 @@ class EngineCoreOutputs(msgspec.Struct, array_like=True, omit_defaults=True, gc=
         token_ids: int32 bytes; the tokens, parallel to `numbers`; in order for each request.
         finished: answers that ended; their last tokens are in `token_ids` (streaming) or in the entry itself.
         rejected: requests that were refused.
+        logprob_rows: int32 bytes; indices into `token_ids`, rising: tokens that come with log probabilities.
+        logprobs: one place for each of `logprob_rows`; None if there is none.
+        prompt_logprobs: parts of prompts, in order for each request; complete before its first token.
     """
 
     numbers: bytes = b""
     token_ids: bytes = b""
     finished: list[FinishedRequest] = []
     rejected: list[RejectedRequest] = []
+    logprob_rows: bytes = b""
+    logprobs: Logprobs | None = None
+    prompt_logprobs: list[RequestPromptLogprobs] = []
 
 
 class EngineStats(msgspec.Struct, array_like=True, gc=False, frozen=True, tag="stats"):
@@ -177,6 +230,10 @@ class EngineStats(msgspec.Struct, array_like=True, gc=False, frozen=True, tag="s
         num_frontends: frontends connected.
         num_steps_total: steps submitted since start.
         tokens_in_use: tokens whose K and V are held in blocks now.
+        num_cache_queries_total: prompt tokens that were looked up in the prefix cache since start.
+        num_cache_hits_total: of these, tokens that were found.
+        num_cached_blocks: blocks whose contents can be found, in use or free.
+        num_evicted_blocks_total: cached blocks that were given to somebody else since start.
     """
 
     ticket: int
@@ -192,6 +249,10 @@ class EngineStats(msgspec.Struct, array_like=True, gc=False, frozen=True, tag="s
     num_frontends: int
     num_steps_total: int
     tokens_in_use: int
+    num_cache_queries_total: int = 0
+    num_cache_hits_total: int = 0
+    num_cached_blocks: int = 0
+    num_evicted_blocks_total: int = 0
 
 
 class Ping(msgspec.Struct, array_like=True, gc=False, frozen=True, tag="ping"):
@@ -208,5 +269,5 @@ class EngineFailed(msgspec.Struct, array_like=True, gc=False, frozen=True, tag="
     message: str
 
 
-FrontendToCore = Hello | AddRequests | AbortRequests | GetStats | BadFrame
+FrontendToCore = Hello | AddRequests | AbortRequests | GetStats | ResetPrefixCache | BadFrame
 CoreToFrontend = Welcome | EngineCoreOutputs | EngineStats | Ping | EngineFailed | BadFrame

@@ -71,12 +71,19 @@ ENGINE_OPTIONS: tuple[_Spec, ...] = (
     ("kv_cache_memory_gb", float, "Size of the KV pool in GiB [from memory]."),
     ("max_num_seqs", int, "Requests running at once [256]."),
     ("max_num_batched_tokens", int, "Token budget of one step [2048]."),
+    ("long_prefill_token_threshold", int, "Most tokens of one prompt in one step [none]."),
+    ("max_num_partial_prefills", int, "Prompts partly computed at once [no bound]."),
+    ("target_itl_ms", float, "Milliseconds between tokens that prompts must not exceed [no target]."),
+    ("enable_prefix_caching", bool, "Take over what other requests have computed of a prompt's beginning [on]."),
     ("scheduling_policy", click.Choice(["fcfs", "priority"]), "Order of the queue [fcfs]."),
     ("pipeline_depth", click.IntRange(1, 2), "Steps in flight [2]."),
     ("max_num_queued_reqs", int, "Bound on waiting requests [100000]."),
     ("max_num_queued_tokens", int, "Bound on the prompt tokens of waiting requests [none]."),
     ("attention_backend", click.Choice(["auto", "torch_naive", "paged"]), "Attention implementation [auto]."),
+    ("logits_processors", str, "A 'module:function' that requests may name; may be given several times."),
     ("cpu_threads", int, "Threads of a worker on the CPU [physical cores]."),
+    ("trace_file", str, "Record the scheduler's decisions here, for 'folovllm trace' [no]."),
+    ("log_interval_s", float, "Seconds between log lines about the engine's state; 0: none [10]."),
     (
         "log_level",
         click.Choice(["debug", "info", "warning", "error"]),
@@ -97,7 +104,12 @@ SAMPLING_OPTIONS: tuple[_Spec, ...] = (
 def engine_options(command: Command) -> Command:
     """Adds the options of an engine of one's own."""
     for name, kind, text in reversed(ENGINE_OPTIONS):
-        command = option(_ENGINE, _flag(name), name, type=kind, default=None, help=text)(command)
+        if kind is bool:
+            command = option(_ENGINE, f"{_flag(name)}/{_flag('no_' + name)}", name, default=None, help=text)(command)
+        elif name == "logits_processors":
+            command = option(_ENGINE, "--logits-processor", name, multiple=True, help=text)(command)
+        else:
+            command = option(_ENGINE, _flag(name), name, type=kind, default=None, help=text)(command)
     tokenizer = option(_ENGINE, "--tokenizer", default=None, help="Folder of the tokenizer [the model's].")
     return tokenizer(command)
 
@@ -126,7 +138,7 @@ def _flag(name: str) -> str:
 def taken_engine_options(given: Mapping[str, Any]) -> "EngineOptions":
     """The engine's options among all that a command was given; only those that the user set."""
     names = [name for name, _, _ in ENGINE_OPTIONS]
-    return cast("EngineOptions", {name: given[name] for name in names if given[name] is not None})
+    return cast("EngineOptions", {name: given[name] for name in names if given[name] not in (None, ())})
 
 
 def taken_sampling_params(given: Mapping[str, Any], *, n: int = 1, max_tokens: int | None = 16) -> "SamplingParams":

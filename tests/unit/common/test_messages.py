@@ -12,8 +12,10 @@ from folovllm.common.errors import ProtocolError
 from folovllm.common.messages import core_worker, frontend_core, lifecycle
 from folovllm.common.messages.core_worker import (
     CoreToWorker,
+    Logprobs,
     ModelRunnerOutput,
     NewRequest,
+    PromptLogprobs,
     SamplingRow,
     SchedulerOutput,
     WorkerToCore,
@@ -29,8 +31,11 @@ from folovllm.common.messages.frontend_core import (
     FinishedRequest,
     FrontendToCore,
     GetStats,
+    Grammar,
     Ping,
     RejectedRequest,
+    RequestPromptLogprobs,
+    ResetPrefixCache,
     Welcome,
 )
 from folovllm.common.messages.lifecycle import (
@@ -52,8 +57,14 @@ IDS = b"\x01\x00\x00\x00\xff\xff\xff\x7f"
 CONFIG = EngineConfig(model="/m", max_model_len=77, kv_cache_memory_gb=0.5)
 PHASES = [PhaseTime("core", "import", 0.25, 1.5)]
 MEMORY = [MemoryUse("weights", 2**40)]
-SAMPLING = SamplingRow(0.7, 40, 0.9, 0.05, -(2**63), 3, 5, IDS)
-REQUEST = EngineCoreRequest(2**31 - 1, "täst", IDS, SAMPLING, 100, n=4, priority=-3, stream=True)
+SAMPLING = SamplingRow(
+    *(0.7, 40, 0.9, 0.05, -(2**63), 3, 5, IDS, 0.5, -0.5, 1.1, IDS, IDS, IDS, [IDS], -1, 2, [("m:f", "{}")])
+)
+GRAMMAR = Grammar("regex", "[ä-ö]+")
+REQUEST = EngineCoreRequest(
+    *(2**31 - 1, "täst", IDS, SAMPLING, 100, 4, -3, True, 2.5, GRAMMAR, "tenant", True),
+)
+LOGPROBS = Logprobs(IDS, IDS, IDS, IDS)
 FINISHED = FinishedRequest(3, "stop", 7, IDS, 16, 1, 0.1, 0.2, 0.3, "text")
 REJECTED = RejectedRequest(4, "queue_full", "full", "n", 2.5)
 
@@ -79,7 +90,7 @@ LINKS: list[tuple[Any, list[msgspec.Struct]]] = [
         [
             ConfigureWorker(CONFIG, 0, 4096, 2.5),
             SchedulerOutput(0, b""),
-            SchedulerOutput(9, IDS, IDS, [NewRequest(1, IDS, 2, 1, IDS, SAMPLING)], IDS, IDS, IDS),
+            SchedulerOutput(9, IDS, IDS, [NewRequest(1, IDS, 2, 1, IDS, SAMPLING)], *[IDS] * 5),
         ],
     ),
     (
@@ -88,16 +99,26 @@ LINKS: list[tuple[Any, list[msgspec.Struct]]] = [
             WorkerReady(64, "cpu", "bfloat16", "paged", PHASES, MEMORY),
             ModelRunnerOutput(5, IDS, IDS),
             ModelRunnerOutput(6, error="out of memory"),
+            ModelRunnerOutput(7, IDS, b"", "", IDS, LOGPROBS, [PromptLogprobs(1, 2, LOGPROBS)]),
         ],
     ),
-    (FrontendToCore, [AddRequests([]), AddRequests([REQUEST, REQUEST]), AbortRequests(IDS), GetStats(2**40)]),
+    (
+        FrontendToCore,
+        [
+            AddRequests([]),
+            AddRequests([REQUEST, REQUEST]),
+            AbortRequests(IDS),
+            GetStats(2**40),
+            ResetPrefixCache(2**40),
+        ],
+    ),
     (
         CoreToFrontend,
         [
             Welcome("m", 4096, 1000, 16, 63, 256, "cpu", "float32", "0.1"),
             EngineCoreOutputs(),
-            EngineCoreOutputs(IDS, IDS, [FINISHED], [REJECTED]),
-            EngineStats(*range(13)),
+            EngineCoreOutputs(IDS, IDS, [FINISHED], [REJECTED], IDS, LOGPROBS, [RequestPromptLogprobs(1, 2, LOGPROBS)]),
+            EngineStats(*range(17)),
             Ping(),
             EngineFailed("gone"),
         ],
@@ -123,6 +144,7 @@ def test_round_trip(link: Any, message: msgspec.Struct) -> None:
 
 def test_every_struct_is_among_the_cases() -> None:
     inside = {SamplingRow, NewRequest, EngineCoreRequest, FinishedRequest, RejectedRequest, PhaseTime, MemoryUse}
+    inside |= {Grammar, Logprobs, PromptLogprobs, RequestPromptLogprobs}
     covered = inside | {type(message) for _, group in LINKS for message in group}
     assert _structs(core_worker) | _structs(frontend_core) | _structs(lifecycle) == covered
 
