@@ -43,12 +43,12 @@ class ChildProcess:
         self.sentinel, sentinel_write = os.pipe()
         command = [sys.executable, "-P", "-m", module, *arguments, "--death-fd", str(death_read)]
         started = threading.Event()
-        outcome: list[subprocess.Popen[bytes] | OSError] = []
+        outcome: list[subprocess.Popen[bytes] | Exception] = []
 
         def run() -> None:
             try:
                 outcome.append(_start(command, death_read))
-            except OSError as error:
+            except Exception as error:  # noqa: BLE001 - raised below, in the thread that waits for it
                 outcome.append(error)
             os.close(death_read)
             started.set()
@@ -59,7 +59,7 @@ class ChildProcess:
         self._thread = threading.Thread(target=run, name=f"wait-{name}", daemon=True)
         self._thread.start()
         started.wait()
-        if isinstance(outcome[0], OSError):
+        if isinstance(outcome[0], Exception):
             self._thread.join()
             self.close()
             raise outcome[0]
@@ -80,7 +80,7 @@ class ChildProcess:
         if code is None:
             return f"{who} is running"
         if code < 0:
-            return f"{who} was killed by {signal.Signals(-code).name}"
+            return f"{who} was killed by {_signal_name(-code)}"
         return f"{who} ended with exit code {code}"
 
     def wait(self, timeout_s: float | None = None) -> bool:
@@ -111,6 +111,14 @@ class ChildProcess:
         if self.sentinel >= 0:
             os.close(self.sentinel)
             self.sentinel = -1
+
+
+def _signal_name(number: int) -> str:
+    """Such as SIGKILL; a real-time signal has a name relative to the first one, as `kill -l` shows it."""
+    known = {member.value: member.name for member in signal.Signals}
+    if number in known:
+        return known[number]
+    return f"SIGRTMIN+{number - signal.SIGRTMIN}" if signal.SIGRTMIN < number < signal.SIGRTMAX else f"signal {number}"
 
 
 def _start(command: list[str], death_read: int) -> "subprocess.Popen[bytes]":

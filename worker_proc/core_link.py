@@ -6,6 +6,8 @@ and has no other effect. It belongs to the main thread; results leave through th
 
 import os
 import traceback
+from collections.abc import Callable
+from typing import NoReturn
 
 import zmq
 
@@ -36,6 +38,7 @@ class CoreLink:
         self._log = BoundedWarnings(logger)
         self._signals = signals
         self._parent_fd = -1 if watch is None else watch.fd
+        self._watched: dict[int, Callable[[], NoReturn]] = {}
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(signals.fd, zmq.POLLIN)
@@ -70,6 +73,11 @@ class CoreLink:
             else:
                 self._refuse("the worker is configured already")
 
+    def watch(self, fd: int, on_readable: Callable[[], NoReturn]) -> None:
+        """From now on every wait ends as `on_readable` says as soon as `fd` is readable."""
+        self._watched[fd] = on_readable
+        self._poller.register(fd, zmq.POLLIN)
+
     def check_stop(self) -> None:
         """Raises StopRequested if it is time to end; does not wait."""
         self._wait(0)
@@ -92,6 +100,9 @@ class CoreLink:
             raise StopRequested(0)
         if self._signals.fd in ready:
             raise StopRequested(self._signals.exit_code())
+        for fd, on_readable in self._watched.items():
+            if fd in ready:
+                on_readable()
 
     def _receive(self) -> CoreToWorker:
         """Waits for the next valid message; refuses what comes before it."""

@@ -68,6 +68,7 @@ class Worker:
         self._link.check_stop()
         runner, ready = Startup(configure, phases, self._link.check_stop).run()
         self._outputs = OutputThread(self._link.context, self._link.endpoint, self._link.name)
+        self._link.watch(self._outputs.sentinel, self._outputs.raise_failure)
         self._link.send(ready)
         return runner
 

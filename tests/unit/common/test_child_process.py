@@ -52,6 +52,17 @@ def test_the_sentinel_tells_the_end_and_the_cause(tmp_path: pathlib.Path) -> Non
         assert child.exit_cause() == f"the child (pid {child.pid}) was killed by SIGKILL"
 
 
+@pytest.mark.parametrize(
+    ("number", "name"),
+    [(signal.SIGTERM, "SIGTERM"), (signal.SIGRTMIN, "SIGRTMIN"), (signal.SIGRTMIN + 3, "SIGRTMIN+3")],
+)
+def test_every_signal_that_kills_has_a_name(tmp_path: pathlib.Path, number: int, name: str) -> None:
+    with running_child(tmp_path, "plain") as child:
+        os.kill(child.pid, number)
+        assert child.wait(BOUND_S)
+        assert child.exit_cause() == f"the child (pid {child.pid}) was killed by {name}"
+
+
 def test_an_exit_code_is_told(tmp_path: pathlib.Path) -> None:
     child = ChildProcess(MODULE, ["exit-7", str(tmp_path / "pid")], "the child")
     assert child.wait(BOUND_S)
@@ -106,6 +117,13 @@ def test_a_program_that_cannot_be_started_raises(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(FileNotFoundError):
         ChildProcess(MODULE, [], "the child")
     assert psutil.Process().num_fds() == before
+
+
+def test_a_command_that_no_system_can_start_raises() -> None:
+    before = psutil.Process().num_fds(), threading.active_count()
+    with pytest.raises(ValueError, match="null byte"):
+        ChildProcess(MODULE, ["mode", "a\0b"], "the child")
+    assert (psutil.Process().num_fds(), threading.active_count()) == before
 
 
 @pytest.mark.parametrize("mode", ["orderly", "stuck", "kernel"])

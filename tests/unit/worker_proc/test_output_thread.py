@@ -1,6 +1,8 @@
 """The output thread: order, faults of the device, its end."""
 
+import os
 import pathlib
+import select
 import shutil
 import tempfile
 import threading
@@ -9,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 import zmq
 
+from folovllm.common.errors import EngineError
 from folovllm.common.messages.core_worker import ModelRunnerOutput
 from folovllm.common.messages.lifecycle import BadFrame
 from folovllm.common.transport import Decoder, bind, encode, new_socket
@@ -111,3 +114,25 @@ def test_a_device_that_does_not_answer_does_not_hold_up_the_end(peer: Peer) -> N
     assert not thread.close(0.05)
     stuck.there.set()
     assert thread.close(BOUND_S)
+
+
+def test_what_ends_the_thread_is_known_at_once(peer: Peer, outputs: OutputThread) -> None:
+    class Unsendable(Pending):
+        def wait(self) -> ModelRunnerOutput:
+            return ModelRunnerOutput(self.step_id, object())  # type: ignore[arg-type]
+
+    assert not select.select([outputs.sentinel], [], [], 0)[0]
+    outputs.send(Unsendable(1))
+    assert select.select([outputs.sentinel], [], [], BOUND_S)[0]
+    with pytest.raises(EngineError, match="results can be sent no more: TypeError") as raised:
+        outputs.raise_failure()
+    assert isinstance(raised.value.__cause__, TypeError)
+
+
+def test_closing_leaves_no_descriptor(peer: Peer) -> None:
+    thread = OutputThread(peer.context, peer.endpoint, "worker-7")
+    sentinel = thread.sentinel
+    assert thread.close(BOUND_S)
+    assert thread.close(BOUND_S)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(sentinel)
