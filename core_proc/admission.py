@@ -88,6 +88,8 @@ class Admission:
                     arrival_s=now_s,
                     sample_index=index,
                     parent=requests[0] if requests else None,
+                    cache_salt=message.cache_salt,
+                    skip_reading_prefix_cache=message.skip_reading_prefix_cache,
                 )
             )
         return requests

@@ -1,12 +1,19 @@
-"""The pool of KV blocks: which are free, and how many hold each of the others.
+"""The pool of KV blocks: which are free, how many hold each of the others, and what can be found in them.
 
 Idea: a block is free if and only if nobody refers to it. The free blocks form a doubly linked list, threaded through
-two arrays of block ids, in the order in which they became free; handing out takes the oldest. So everything costs O(1)
-for each block, also taking a free block out of the middle when somebody refers to its old contents again. Block 0, the
-null block, is never handed out (the worker points padding at it), which makes it the list's anchor.
+two arrays of block ids; handing out takes the first. A block whose contents have a name (see `block_hash`) can be found
+by it as long as nothing else is written to it, also while it is free: so it goes to the end of the list when it becomes
+free, and loses its name no sooner than it is handed out. That is eviction in LRU order, and it costs nothing before. A
+block without a name is of no use to anybody and goes to the front.
+
+So everything costs O(1) for each block, also taking a free block out of the middle when somebody refers to its old
+contents again. Block 0, the null block, is never handed out (the worker points padding at it), which makes it the
+list's anchor.
 """
 
 from collections.abc import Iterable, Sequence
+
+from folovllm.core_proc.block_hash import BlockHash
 
 NULL_BLOCK = 0
 
@@ -20,18 +27,29 @@ class BlockPool:
         self.num_usable = num_blocks - 1
         self.num_free = self.num_usable
         self.num_shares = 0  # references beyond each block's first
+        self.num_evicted = 0  # named blocks handed out to somebody else, since start
+        self._name_of: list[BlockHash | None] = [None] * num_blocks
+        self._block_of: dict[BlockHash, int] = {}
         self._references = [0] * num_blocks
         self._next = [*range(1, num_blocks), NULL_BLOCK]
         self._previous = [num_blocks - 1, *range(num_blocks - 1)]
 
+    @property
+    def num_cached(self) -> int:
+        """Blocks, free or not, whose contents can be found."""
+        return len(self._block_of)
+
     def allocate(self, num_blocks: int) -> list[int]:
-        """Takes the blocks that have been free the longest; each gets one reference. There must be enough."""
+        """Takes the first free blocks; each gets one reference and loses its name. There must be enough."""
         assert 0 <= num_blocks <= self.num_free, f"{num_blocks} blocks asked for, {self.num_free} free"
         block_ids: list[int] = []
         block = self._next[NULL_BLOCK]
         for _ in range(num_blocks):
             block_ids.append(block)
             self._references[block] = 1
+            if self._name_of[block] is not None:
+                self._forget(block)
+                self.num_evicted += 1
             block = self._next[block]
         self._next[NULL_BLOCK] = block
         self._previous[block] = NULL_BLOCK
@@ -50,15 +68,40 @@ class BlockPool:
             self._references[block] += 1
 
     def free(self, block_ids: Iterable[int]) -> None:
-        """One reference less to each block; those without any become free, the first of them to be reused first."""
+        """One reference less to each block; those without any become free.
+
+        Of those with a name the first will be reused first; those without will be reused before all others.
+        """
         for block in block_ids:
             assert self._references[block] > 0, f"block {block} is free already"
             self._references[block] -= 1
             if self._references[block]:
                 self.num_shares -= 1
             else:
-                self._link_last(block)
+                self._link_after(NULL_BLOCK if self._name_of[block] is None else self._previous[NULL_BLOCK], block)
                 self.num_free += 1
+
+    def find(self, name: BlockHash) -> int | None:
+        """The block that holds what `name` stands for, None if there is none."""
+        return self._block_of.get(name)
+
+    def is_free(self, block: int) -> bool:
+        return self._references[block] == 0
+
+    def give_name(self, block: int, name: BlockHash) -> None:
+        """What is in the block, which somebody must hold, can be found by `name` from now on.
+
+        Where another block holds the same already, that one stays the one to be found. A block keeps its first name.
+        """
+        assert self._references[block] > 0, f"block {block} is free and gets a name"
+        if self._name_of[block] is None and name not in self._block_of:
+            self._name_of[block] = name
+            self._block_of[name] = block
+
+    def forget_all_names(self) -> None:
+        """Nothing can be found any more."""
+        for block in list(self._block_of.values()):
+            self._forget(block)
 
     def num_references(self, block: int) -> int:
         return self._references[block]
@@ -90,6 +133,9 @@ class BlockPool:
         unreferenced = {block for block in range(1, self.num_usable + 1) if self._references[block] == 0}
         assert set(free) == unreferenced, "a block is both free and referenced, or neither"
         assert self.num_shares == sum(count - 1 for count in self._references if count > 1), "num_shares is wrong"
+        named = {block: name for block, name in enumerate(self._name_of) if name is not None}
+        assert named == {block: name for name, block in self._block_of.items()}, "names and blocks differ"
+        assert NULL_BLOCK not in named, "the null block has a name"
         if expected_references is not None:
             assert self._references == list(expected_references), "references do not match the block tables"
 
@@ -98,9 +144,15 @@ class BlockPool:
         self._next[before] = after
         self._previous[after] = before
 
-    def _link_last(self, block: int) -> None:
-        last = self._previous[NULL_BLOCK]
-        self._next[last] = block
-        self._previous[block] = last
-        self._next[block] = NULL_BLOCK
-        self._previous[NULL_BLOCK] = block
+    def _link_after(self, before: int, block: int) -> None:
+        after = self._next[before]
+        self._next[before] = block
+        self._previous[block] = before
+        self._next[block] = after
+        self._previous[after] = block
+
+    def _forget(self, block: int) -> None:
+        name = self._name_of[block]
+        assert name is not None, f"block {block} has no name"
+        del self._block_of[name]
+        self._name_of[block] = None

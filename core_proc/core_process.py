@@ -34,7 +34,7 @@ from folovllm.core_proc.frontends import Frontends
 from folovllm.core_proc.kv_cache_manager import KVCacheManager
 from folovllm.core_proc.parent_link import ParentLink
 from folovllm.core_proc.request_queue import RequestQueue
-from folovllm.core_proc.scheduler import Scheduler
+from folovllm.core_proc.scheduler import ChunkBounds, Scheduler
 from folovllm.core_proc.waiter import Waiter
 
 _WORKER_GRACE_S = 2.0  # from the request to end to SIGKILL
@@ -126,7 +126,8 @@ class CoreProcess:
     ) -> EngineCore:
         assert self._executor is not None
         assert self._socket is not None
-        manager = KVCacheManager(BlockPool(ready.num_blocks), config.block_size)
+        pool = BlockPool(ready.num_blocks)
+        manager = KVCacheManager(pool, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
         _log_pool(manager.capacity_tokens, config.block_size, max_model_len)
         scheduler = Scheduler(
             kv_cache_manager=manager,
@@ -134,18 +135,13 @@ class CoreProcess:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=max_model_len,
+            bounds=ChunkBounds(
+                config.long_prefill_token_threshold,
+                config.max_num_partial_prefills,
+                None if config.target_itl_ms is None else config.target_itl_ms / 1000,
+            ),
         )
-        welcome = Welcome(
-            model=config.model,
-            max_model_len=max_model_len,
-            num_valid_token_ids=num_valid_token_ids,
-            block_size=config.block_size,
-            num_blocks=manager.pool.num_usable,
-            max_num_seqs=config.max_num_seqs,
-            device=ready.device,
-            dtype=ready.dtype,
-            version=folovllm.__version__,
-        )
+        welcome = _welcome(config, ready, manager, max_model_len, num_valid_token_ids)
         self._frontends = Frontends(self._socket, welcome)
         self._waiter.add(self._socket)
         admission = Admission(
@@ -163,7 +159,7 @@ class CoreProcess:
             admission=admission,
             scheduler=scheduler,
             executor=self._executor,
-            pool=manager.pool,
+            pool=pool,
             pipeline_depth=config.pipeline_depth,
         )
 
@@ -212,6 +208,26 @@ def _resolve_limits(config: EngineConfig) -> tuple[int, int]:
         )
     known = model.vocab_size if config.num_valid_token_ids is None else config.num_valid_token_ids
     return max_model_len, min(known, model.vocab_size)
+
+
+def _welcome(
+    config: EngineConfig,
+    ready: WorkerReady,
+    manager: KVCacheManager,
+    max_model_len: int,
+    num_valid_token_ids: int,
+) -> Welcome:
+    return Welcome(
+        model=config.model,
+        max_model_len=max_model_len,
+        num_valid_token_ids=num_valid_token_ids,
+        block_size=config.block_size,
+        num_blocks=manager.pool.num_usable,
+        max_num_seqs=config.max_num_seqs,
+        device=ready.device,
+        dtype=ready.dtype,
+        version=folovllm.__version__,
+    )
 
 
 def _log_pool(num_pool_tokens: int, block_size: int, max_model_len: int) -> None:

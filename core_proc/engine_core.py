@@ -19,6 +19,7 @@ from folovllm.common.messages.frontend_core import (
     FinishedRequest,
     GetStats,
     RejectedRequest,
+    ResetPrefixCache,
 )
 from folovllm.core_proc.admission import Admission
 from folovllm.core_proc.block_pool import BlockPool
@@ -94,6 +95,9 @@ class EngineCore:
                     self._add(frontend, message.requests, now_s)
                 case AbortRequests():
                     self._abort(frontend, message.numbers, now_s)
+                case ResetPrefixCache():
+                    self._scheduler.reset_prefix_cache()
+                    self._frontends.send(frontend, self._stats(message.ticket))
                 case GetStats():
                     self._frontends.send(frontend, self._stats(message.ticket))
 
@@ -174,6 +178,10 @@ class EngineCore:
             num_frontends=len(self._frontends),
             num_steps_total=counters.num_steps,
             tokens_in_use=scheduler.num_tokens_in_use,
+            num_cache_queries_total=counters.num_cache_queries,
+            num_cache_hits_total=counters.num_cache_hits,
+            num_cached_blocks=self._pool.num_cached,
+            num_evicted_blocks_total=self._pool.num_evicted,
         )
 
     def _check_when_idle(self, sources: list[Any]) -> None:

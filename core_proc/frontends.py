@@ -22,6 +22,7 @@ from folovllm.common.messages.frontend_core import (
     FrontendToCore,
     GetStats,
     Ping,
+    ResetPrefixCache,
     Welcome,
 )
 from folovllm.common.messages.lifecycle import PROTOCOL_VERSION, BadFrame, Hello
@@ -65,7 +66,7 @@ class Frontends:
     def __len__(self) -> int:
         return len(self._by_client)
 
-    def receive(self) -> Iterator[tuple[Frontend, AddRequests | AbortRequests | GetStats]]:
+    def receive(self) -> Iterator[tuple[Frontend, AddRequests | AbortRequests | GetStats | ResetPrefixCache]]:
         """What the frontends ask for, in the order of arrival; greetings and bad frames are dealt with here."""
         for identity, frame in receive_waiting(self.socket):
             try:

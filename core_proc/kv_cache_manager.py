@@ -3,11 +3,15 @@
 Token i of a sequence lies in block `table[i // block_size]` at offset `i % block_size`. Sequences may share blocks
 (`fork`). One rule keeps them apart: who writes into a block that others refer to as well first takes a copy of it
 (`make_writable`); the caller has the worker carry out the copies before the write.
+
+Full blocks have names (`block_hash`), so that a sequence can take over those that hold its beginning (`find_cached`,
+`take_cached`), whether somebody still holds them or they are free.
 """
 
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
+from folovllm.core_proc.block_hash import BlockHash
 from folovllm.core_proc.block_pool import BlockPool
 
 
@@ -22,11 +26,12 @@ class BlockCopy(NamedTuple):
 class KVCacheManager:
     """Block tables by key (any hashable name of a sequence) over one pool."""
 
-    def __init__(self, pool: BlockPool, block_size: int) -> None:
+    def __init__(self, pool: BlockPool, block_size: int, *, enable_prefix_caching: bool = True) -> None:
         if block_size < 1:
             raise ValueError(f"block_size={block_size} must be at least 1")
         self.pool = pool
         self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
         self._tables: dict[Hashable, list[int]] = {}
 
     @property
@@ -77,6 +82,36 @@ class KVCacheManager:
             self._tables[key].append(block)
         return block_ids
 
+    def find_cached(self, chain: Sequence[BlockHash]) -> list[int]:
+        """The blocks that hold the longest known beginning of a sequence whose full blocks have these names."""
+        block_ids: list[int] = []
+        for name in chain:
+            block = self.pool.find(name)
+            if block is None:
+                break
+            block_ids.append(block)
+        return block_ids
+
+    def num_free_without(self, block_ids: Sequence[int]) -> int:
+        """Free blocks that are left once `block_ids` are taken over."""
+        return self.pool.num_free - sum(map(self.pool.is_free, block_ids))
+
+    def take_cached(self, key: Hashable, block_ids: Sequence[int]) -> None:
+        """Makes a table that begins with these blocks, as `find_cached` has just found them."""
+        assert key not in self._tables, f"{key!r} has a table already"
+        self.pool.share(block_ids)
+        self._tables[key] = list(block_ids)
+
+    def name_blocks(self, key: Hashable, chain: Sequence[BlockHash], start: int, end: int) -> None:
+        """Entries [start, end) of the table are full and computed: from now on they can be found by their names."""
+        table = self._tables[key]
+        for entry in range(start, end):
+            self.pool.give_name(table[entry], chain[entry])
+
+    def reset_prefix_cache(self) -> None:
+        """Nothing that was computed so far is found any more; those who hold blocks keep them."""
+        self.pool.forget_all_names()
+
     def fork(self, parent: Hashable, child: Hashable, num_tokens: int) -> None:
         """Makes a table for `child` that shares the parent's blocks of the first `num_tokens` tokens."""
         assert child not in self._tables, f"{child!r} has a table already"
@@ -105,7 +140,10 @@ class KVCacheManager:
         return copies
 
     def free(self, key: Hashable) -> None:
-        """Drops the table. Its last blocks come to be reused first: a sequence's beginning is what others share."""
+        """Drops the table. Its last blocks come to be reused first: a sequence's beginning is what others share.
+
+        Nor could the rest be found without it: names are looked up from the beginning on.
+        """
         self.pool.free(reversed(self._tables.pop(key)))
 
     def check_invariants(self) -> None:

@@ -30,6 +30,7 @@ import numpy.typing as npt
 
 from folovllm.common.messages.core_worker import SamplingRow
 from folovllm.common.messages.frontend_core import FinishReason
+from folovllm.core_proc.block_hash import BlockHash, extend_chain, root_hash
 
 MAX_HISTORY = 32
 
@@ -82,12 +83,15 @@ class Request:
         arrival_s: when the core received it. All times are seconds on the caller's clock.
         sample_index: which of the prompt's `n` answers this is.
         parent: for answers after the first: the first one, whose prompt they share while it runs.
+        cache_salt: requests share cached blocks only with those of the same salt.
+        skip_reading_prefix_cache: its prompt is computed whole, whatever is cached.
         status: its state; changed by `become`.
         slot: its row of the SlotTable while RUNNING, else None.
         arrival_order: counts up over all requests of the scheduler; breaks ties, so that order is total.
         output_token_ids: output tokens; up to date only while it is not RUNNING.
         waiting_children: answers that wait for this one's prompt to be in the cache.
         can_be_forked: its prompt is in the cache, confirmed: a child may share its blocks.
+        block_hashes: names of its first full blocks, as far as they were needed (see `block_hash`).
         num_cached_tokens: prompt tokens taken over from shared blocks when it was first admitted.
         num_preemptions: how often it was preempted.
         stop_token_id: the token of the stop set that ended it, the last of its output; None if none did.
@@ -106,6 +110,8 @@ class Request:
     arrival_s: float = 0.0
     sample_index: int = 0
     parent: "Request | None" = None
+    cache_salt: str = ""
+    skip_reading_prefix_cache: bool = False
 
     status: RequestStatus = dataclasses.field(default=RequestStatus.WAITING, init=False)
     slot: int | None = dataclasses.field(default=None, init=False)
@@ -113,6 +119,7 @@ class Request:
     output_token_ids: Tokens = dataclasses.field(default_factory=lambda: np.empty(0, np.int32), init=False)
     waiting_children: "list[Request]" = dataclasses.field(default_factory=list, init=False, repr=False)
     can_be_forked: bool = dataclasses.field(default=False, init=False)
+    block_hashes: list[BlockHash] = dataclasses.field(default_factory=list, init=False, repr=False)
     num_cached_tokens: int = dataclasses.field(default=0, init=False)
     num_preemptions: int = dataclasses.field(default=0, init=False)
     stop_token_id: int | None = dataclasses.field(default=None, init=False)
@@ -128,7 +135,17 @@ class Request:
         if self.prompt_token_ids.size == 0 or self.max_tokens < 1:
             raise ValueError("a request needs at least one prompt token and max_tokens of at least 1")
         if self.sampling.sample_index != self.sample_index:
-            self.sampling = msgspec.structs.replace(self.sampling, sample_index=self.sample_index)
+            # The prompt's log probabilities are the same for all answers: the first one reports them.
+            self.sampling = msgspec.structs.replace(self.sampling, sample_index=self.sample_index, prompt_logprobs=None)
+
+    @property
+    def reads_prefix_cache(self) -> bool:
+        """Whether it may take over computed blocks: not if the log probabilities of the skipped tokens are wanted."""
+        return not self.skip_reading_prefix_cache and self.sampling.prompt_logprobs is None
+
+    def name_blocks(self, tokens: bytes, block_bytes: int) -> None:
+        """Extends `block_hashes` by the full blocks of `tokens`, int32 bytes that begin where the names end."""
+        extend_chain(self.block_hashes, root_hash(self.cache_salt), tokens, block_bytes)
 
     @property
     def num_prompt_tokens(self) -> int:

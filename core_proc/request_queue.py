@@ -11,6 +11,7 @@ from folovllm.common.config import SchedulingPolicy
 from folovllm.core_proc.request import Request, RequestStatus
 
 Rank = tuple[int, int]
+_Entry = tuple[int, bool, int, int, Request]  # priority, is new, arrival, push (so that two entries never tie), request
 
 
 class RequestQueue:
@@ -18,8 +19,9 @@ class RequestQueue:
 
     def __init__(self, policy: SchedulingPolicy) -> None:
         self._by_priority = policy == "priority"
-        self._heap: list[tuple[int, bool, int, Request]] = []
-        self._waiting: set[Request] = set()
+        self._heap: list[_Entry] = []
+        self._waiting: dict[Request, _Entry] = {}
+        self._num_pushed = 0
         self.num_tokens = 0
 
     def __len__(self) -> int:
@@ -30,7 +32,21 @@ class RequestQueue:
 
     def in_order(self) -> list[Request]:
         """All of them as they would be popped. O(n log n); for checks."""
-        return [entry[-1] for entry in sorted(self._heap) if entry[-1] in self._waiting]
+        return [entry[-1] for entry in sorted(self._waiting.values())]
+
+    def first(self, most: int) -> list[Request]:
+        """The next few, at most `most`, in order. O(most · log(most)) whatever waits: the heap is walked as a tree."""
+        self._drop_stale_top()
+        frontier = [(entry, 0) for entry in self._heap[:1]]
+        found: list[Request] = []
+        while frontier and len(found) < most:
+            entry, place = heapq.heappop(frontier)
+            if self._is_current(entry):
+                found.append(entry[-1])
+            for child in (2 * place + 1, 2 * place + 2):
+                if child < len(self._heap):
+                    heapq.heappush(frontier, (self._heap[child], child))
+        return found
 
     def rank(self, request: Request) -> Rank:
         """The request's place among all, running ones included: the lower, the sooner it is served."""
@@ -40,14 +56,15 @@ class RequestQueue:
         assert request not in self._waiting, request.describe()
         priority, arrival_order = self.rank(request)
         is_new = request.status is not RequestStatus.PREEMPTED
-        heapq.heappush(self._heap, (priority, is_new, arrival_order, request))
-        self._waiting.add(request)
+        entry = (priority, is_new, arrival_order, self._num_pushed, request)
+        self._num_pushed += 1
+        heapq.heappush(self._heap, entry)
+        self._waiting[request] = entry
         self.num_tokens += request.num_queue_tokens
 
     def peek(self) -> Request | None:
         """The next one, or None if nobody waits."""
-        while self._heap and self._heap[0][-1] not in self._waiting:
-            heapq.heappop(self._heap)
+        self._drop_stale_top()
         return self._heap[0][-1] if self._heap else None
 
     def pop(self) -> Request:
@@ -59,12 +76,19 @@ class RequestQueue:
         return request
 
     def remove(self, request: Request) -> None:
-        """Takes out a request that waits here. It must not come back: its old entry would come with it."""
+        """Takes out a request that waits here."""
         self._forget(request)
         if len(self._heap) > 2 * len(self._waiting) + 64:
-            self._heap = [entry for entry in self._heap if entry[-1] in self._waiting]
+            self._heap = list(self._waiting.values())
             heapq.heapify(self._heap)
 
+    def _drop_stale_top(self) -> None:
+        while self._heap and not self._is_current(self._heap[0]):
+            heapq.heappop(self._heap)
+
+    def _is_current(self, entry: _Entry) -> bool:
+        return self._waiting.get(entry[-1]) is entry
+
     def _forget(self, request: Request) -> None:
-        self._waiting.remove(request)
+        del self._waiting[request]
         self.num_tokens -= request.num_queue_tokens

@@ -11,7 +11,8 @@ result never reaches a request that took the slot later, nor one that was preemp
 import collections
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -22,6 +23,11 @@ from folovllm.core_proc.request import Request, RequestStatus, Tokens
 from folovllm.core_proc.request_queue import RequestQueue
 from folovllm.core_proc.slot_table import Mask, Slots, SlotTable
 from folovllm.core_proc.step_builder import StepBuilder, StepInFlight
+from folovllm.core_proc.step_time import StepTimeModel
+
+_SMALLEST_CHUNK: Final = 16  # prompts go on by so many tokens a step, whatever the target for running requests is
+_MOST_OVERTAKING: Final = 16  # waiting requests that are looked at for a short one
+_TOKEN_BYTES: Final = 4
 
 NO_TOKEN_LEFT = "no token could be chosen: constraints left none, or the network's numbers overflowed"
 
@@ -48,10 +54,12 @@ class SchedulerCounters:
     Attributes:
         num_cached_tokens: prompt tokens taken from shared blocks.
         num_preemptions: preemptions.
-        num_lost_tokens: tokens computed and thrown away by preemption.
+        num_lost_tokens: tokens computed, lost by preemption and not found again in the cache.
         num_prompt_tokens: prompt tokens of all answers when they were first admitted.
         num_output_tokens: tokens confirmed.
         num_steps: steps scheduled.
+        num_cache_queries: prompt tokens that were looked up in the prefix cache.
+        num_cache_hits: of these, tokens that were found.
     """
 
     num_cached_tokens: int = 0
@@ -60,6 +68,36 @@ class SchedulerCounters:
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
     num_steps: int = 0
+    num_cache_queries: int = 0
+    num_cache_hits: int = 0
+
+
+@dataclasses.dataclass(slots=True, frozen=True)
+class ChunkBounds:
+    """How prompts are divided; None sets no bound.
+
+    Attributes:
+        long_prefill_token_threshold: most tokens of one prompt in one step.
+        max_num_partial_prefills: prompts partly computed at once.
+        target_itl_s: what a step with decodes may take, prompts included.
+    """
+
+    long_prefill_token_threshold: int | None = None
+    max_num_partial_prefills: int | None = None
+    target_itl_s: float | None = None
+
+
+NO_BOUNDS: Final = ChunkBounds()
+
+
+class _Prefix(NamedTuple):
+    """A beginning of a sequence that need not be computed: cached blocks, or, if there is none, the parent's."""
+
+    num_tokens: int
+    block_ids: list[int]
+
+
+_NO_PREFIX: Final = _Prefix(0, [])
 
 
 class Scheduler:
@@ -72,6 +110,7 @@ class Scheduler:
         max_num_batched_tokens: tokens of one step; at least `max_num_seqs`, so that every running request gets one.
         max_model_len: longest prompt + output in tokens.
         watermark: share of the pool that admission leaves free.
+        bounds: on how prompts are divided.
     """
 
     def __init__(
@@ -83,6 +122,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
         watermark: float = 0.01,
+        bounds: ChunkBounds = NO_BOUNDS,
     ) -> None:
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(f"max_num_batched_tokens={max_num_batched_tokens} is below max_num_seqs={max_num_seqs}")
@@ -94,6 +134,11 @@ class Scheduler:
         self._max_model_len = max_model_len
         self._num_watermark_blocks = math.ceil(watermark * kv_cache_manager.pool.num_usable)
         self._in_flight: collections.deque[StepInFlight] = collections.deque()
+        self._max_chunk = bounds.long_prefill_token_threshold or max_num_batched_tokens
+        self._max_num_partial = bounds.max_num_partial_prefills or max_num_seqs
+        self._target_itl_s = bounds.target_itl_s
+        self._step_times = StepTimeModel()
+        self._last_result_s = -math.inf
         self._num_parked = 0  # children that wait for their parent's prompt
         self._num_added = 0
 
@@ -150,23 +195,29 @@ class Scheduler:
 
         1. Running requests with one token to compute get it; where a new block is needed and none is free, the last in
            rank of the running requests is preempted: its slot and blocks are freed, and it goes back to the queue, to
-           be computed anew from its confirmed tokens.
-        2. Running requests with more to compute (prompts, or what was lost) share what is left, in order of rank.
-        3. Unless somebody was preempted, waiting requests are admitted in the queue's order while there are slots,
-           budget, and blocks for all their known tokens with a reserve (the watermark) for those who run already.
+           be computed anew from its confirmed tokens, as far as they are not cached.
+        2. What is left of the budget goes to prompts (and to what was lost): as much as the target for the time between
+           tokens allows, where there is one.
+        3. If the first of the prompts that run will not be done in this step, up to half of that goes to later ones
+           that are: short prompts overtake a long one, which never waits for more than twice its time.
+        4. The rest goes to running prompts in order of rank, then, unless somebody was preempted, to waiting requests
+           in the queue's order, which are admitted while there are slots, and blocks for all their known tokens with a
+           reserve (the watermark) for those who run already.
 
         A request that reaches its limit with the tokens on their way is left alone until they arrive.
         """
         step = StepBuilder(self._max_num_batched_tokens)
         self._make_room(step)
         decodes, chunked = self._table.ready()
-        step.add_decodes(decodes)
-        self._continue_chunks(step, chunked)
-        if not step.num_preempted:
-            self._admit_waiting(step, now_s)
+        step.add_decodes(decodes, int(self._table.num_computed[decodes].sum()))
+        prompts = sorted(self._requests(chunked), key=self._queue.rank)
+        self._limit_prefill(step, prompts)
+        self._overtake(step, prompts, now_s)
+        self._continue_chunks(step, prompts)
+        self._admit_waiting(step, now_s)
         if step.is_empty:
             return None
-        output, in_flight = step.build(self.counters.num_steps, self._table)
+        output, in_flight = step.build(self.counters.num_steps, self._table, now_s)
         self.counters.num_steps += 1
         self._in_flight.append(in_flight)
         return output
@@ -178,10 +229,12 @@ class Scheduler:
             ProtocolError: it is not that step's result, or does not have one token for each slot that sampled.
         """
         step, token_ids = self._match(output)
+        self._learn_step_time(step, now_s)
         if output.error:
             lives = self._table.epoch[step.slots] == step.epochs
             failed = self._requests(step.slots[lives])
             return _outcome(self.finish_requests(failed, RequestStatus.FINISHED_ERROR, now_s, output.error))
+        self._name_blocks(step)
         slots, epochs = step.slots, step.epochs
         if not step.samples.all():
             slots, epochs = slots[step.samples], epochs[step.samples]
@@ -210,6 +263,10 @@ class Scheduler:
             request.error = error
             self._end(request, status, now_s, error or "from outside")
         return ended
+
+    def reset_prefix_cache(self) -> None:
+        """What was computed so far is not found any more."""
+        self._kv.reset_prefix_cache()
 
     # ---- schedule ----------------------------------------------------------------------------------------------------
 
@@ -256,46 +313,101 @@ class Scheduler:
         self._leave_slot(request)
         self._queue.push(request)
 
-    def _continue_chunks(self, step: StepBuilder, chunked: Slots) -> None:
-        table = self._table
-        for request in sorted(self._requests(chunked), key=self._queue.rank):
-            slot = request.slot
-            if step.budget and slot is not None:
-                step.add_chunk(slot, int(table.num_known[slot] - table.num_computed[slot]))
+    def _limit_prefill(self, step: StepBuilder, prompts: Sequence[Request]) -> None:
+        """Cuts the budget down to what the target for the time between tokens allows; a little always goes on."""
+        if self._target_itl_s is None or not step.load.num_decodes or not (prompts or len(self._queue)):
+            return
+        num_computed = 0 if not prompts else int(self._table.num_computed[prompts[0].slot])
+        most = self._step_times.max_prefill_tokens(step.load, num_computed, self._target_itl_s, step.budget)
+        step.budget = min(step.budget, max(most, _SMALLEST_CHUNK))
+
+    def _overtake(self, step: StepBuilder, prompts: Sequence[Request], now_s: float) -> None:
+        """Prompts behind a long one that can be done with half of the budget are done in this step."""
+        if not prompts or self._num_left(prompts[0]) <= step.budget:
+            return
+        reserved = step.budget - step.budget // 2
+        for request in prompts[1:]:
+            num_left = self._num_left(request)
+            if num_left <= min(step.budget - reserved, self._max_chunk):
+                self._add_chunk(step, request, num_left)
+        level = self._queue.rank(prompts[0])[0]
+        for request in self._queue.first(_MOST_OVERTAKING):
+            if self._queue.rank(request)[0] > level or not self._can_admit(step):
+                return
+            prefix = self._find_prefix(request)
+            if not self._fits(request, prefix):
+                return
+            num_left = request.num_confirmed_tokens - prefix.num_tokens
+            if num_left <= min(step.budget - reserved, self._max_chunk):
+                self._queue.remove(request)
+                self._admit(request, prefix, num_left, step, now_s)
+
+    def _continue_chunks(self, step: StepBuilder, prompts: Sequence[Request]) -> None:
+        for request in prompts:
+            if step.budget and request.slot is not None and not step.has(request.slot):
+                self._add_chunk(step, request, min(self._num_left(request), self._max_chunk, step.budget))
+
+    def _num_left(self, request: Request) -> int:
+        """Tokens of a running request that are known and not computed."""
+        assert request.slot is not None, request.describe()
+        return int(self._table.num_known[request.slot] - self._table.num_computed[request.slot])
+
+    def _add_chunk(self, step: StepBuilder, request: Request, num_tokens: int) -> None:
+        assert request.slot is not None, request.describe()
+        step.add_chunk(request.slot, num_tokens, int(self._table.num_computed[request.slot]))
 
     def _admit_waiting(self, step: StepBuilder, now_s: float) -> None:
-        while step.budget and self._table.num_free and (request := self._queue.peek()) is not None:
-            num_cached = self._num_shareable_tokens(request)
-            if not self._fits(request, num_cached):
+        while self._can_admit(step) and (request := self._queue.peek()) is not None:
+            prefix = self._find_prefix(request)
+            if not self._fits(request, prefix):
+                return
+            num_left = request.num_confirmed_tokens - prefix.num_tokens
+            num_tokens = min(num_left, self._max_chunk, step.budget)
+            if num_tokens < num_left and self._num_partial(step) >= self._max_num_partial:
                 return
             self._queue.pop()
-            self._admit(request, num_cached, step)
-            if request.scheduled_at_s is None:
-                request.scheduled_at_s = now_s
-                request.num_cached_tokens = num_cached
-                self.counters.num_prompt_tokens += request.num_prompt_tokens
-                self.counters.num_cached_tokens += num_cached
+            self._admit(request, prefix, num_tokens, step, now_s)
 
-    def _num_shareable_tokens(self, request: Request) -> int:
-        """How many tokens' K and V it can take over: its parent's prompt but for the last token, which is computed."""
-        can_fork = request.parent is not None and request.parent.can_be_forked
-        return request.num_prompt_tokens - 1 if can_fork else 0
+    def _can_admit(self, step: StepBuilder) -> bool:
+        return step.budget > 0 and self._table.num_free > 0 and not step.num_preempted
 
-    def _fits(self, request: Request, num_cached: int) -> bool:
+    def _num_partial(self, step: StepBuilder) -> int:
+        """Prompts that are partly computed once this step has run."""
+        return self._table.num_partial() - step.num_completed(self._table)
+
+    def _find_prefix(self, request: Request) -> "_Prefix":
+        """The longest beginning whose K and V it can take over: of its parent's prompt, or of what is cached.
+
+        At least one token is left to compute: it is what the next one is sampled from.
+        """
+        if request.parent is not None and request.parent.can_be_forked:
+            return _Prefix(request.num_prompt_tokens - 1, [])
+        if not self._kv.enable_prefix_caching or not request.reads_prefix_cache:
+            return _NO_PREFIX
+        size, num_known = self._kv.block_size, request.num_confirmed_tokens
+        if len(request.block_hashes) < num_known // size:
+            tokens = request.prompt_token_ids.tobytes() + request.output_token_ids.tobytes()
+            request.name_blocks(tokens[len(request.block_hashes) * size * _TOKEN_BYTES :], size * _TOKEN_BYTES)
+        cached = self._kv.find_cached(request.block_hashes[: (num_known - 1) // size])
+        return _Prefix(len(cached) * size, cached)
+
+    def _fits(self, request: Request, prefix: "_Prefix") -> bool:
         """Whether all its known tokens fit, and what runs then keeps a reserve of one block each and the watermark.
 
         The first to run needs no reserve: the pool is its own, and its limit is not beyond the pool.
         """
-        num_blocks = self._kv.num_blocks_for(request.num_confirmed_tokens) - num_cached // self._kv.block_size
+        num_blocks = self._kv.num_blocks_for(request.num_confirmed_tokens) - prefix.num_tokens // self._kv.block_size
         num_reserved = max(self._num_watermark_blocks, self.num_running + 1) if self.num_running else 0
-        return num_blocks + num_reserved <= self._kv.pool.num_free
+        return num_blocks + num_reserved <= self._kv.num_free_without(prefix.block_ids)
 
-    def _admit(self, request: Request, num_cached: int, step: StepBuilder) -> None:
+    def _admit(self, request: Request, prefix: "_Prefix", num_tokens: int, step: StepBuilder, now_s: float) -> None:
+        """A slot, blocks for all its known tokens, and `num_tokens` of them in this step."""
+        num_cached, num_known = prefix.num_tokens, request.num_confirmed_tokens
         request.become(RequestStatus.RUNNING, f"step {self.counters.num_steps}, {num_cached} tokens taken over")
-        num_known = request.num_confirmed_tokens
         slot = self._table.take(request, self._limit(request))
-        copies = self._allocate(slot, request, num_cached, num_known)
+        copies = self._allocate(slot, request, prefix, num_known)
         self._table.num_computed[slot] = num_cached
+        self._table.num_named[slot] = len(prefix.block_ids)
         self._table.grow(np.array([slot]), self._kv.num_blocks_for(num_known))
         new = NewRequest(
             slot=slot,
@@ -306,15 +418,31 @@ class Scheduler:
             sampling=request.sampling,
         )
         step.add_new_request(new, copies)
-        step.add_chunk(slot, num_known - num_cached)
+        step.add_chunk(slot, num_tokens, num_cached)
+        self._count_admitted(request, num_cached, now_s)
 
-    def _allocate(self, slot: int, request: Request, num_cached: int, num_known: int) -> list[BlockCopy]:
-        """Blocks for all known tokens; those of the first `num_cached` are shared with the parent's."""
-        if num_cached:
+    def _count_admitted(self, request: Request, num_cached: int, now_s: float) -> None:
+        counters = self.counters
+        if request.scheduled_at_s is not None:
+            counters.num_lost_tokens -= num_cached  # what is found again was not lost
+            return
+        request.scheduled_at_s = now_s
+        request.num_cached_tokens = num_cached
+        counters.num_prompt_tokens += request.num_prompt_tokens
+        counters.num_cached_tokens += num_cached
+        if self._kv.enable_prefix_caching and request.reads_prefix_cache:
+            counters.num_cache_queries += request.num_prompt_tokens
+            counters.num_cache_hits += num_cached
+
+    def _allocate(self, slot: int, request: Request, prefix: "_Prefix", num_known: int) -> list[BlockCopy]:
+        """Blocks for all known tokens; those of the prefix are shared, but for one that it fills in part: a copy."""
+        if prefix.block_ids:
+            self._kv.take_cached(slot, prefix.block_ids)
+        elif prefix.num_tokens:
             assert request.parent is not None and request.parent.slot is not None, request.describe()
-            self._kv.fork(request.parent.slot, slot, num_cached)
+            self._kv.fork(request.parent.slot, slot, prefix.num_tokens)
         new_blocks = self._kv.allocate(slot, num_known)
-        copies = self._kv.make_writable(slot, num_cached, num_known)
+        copies = self._kv.make_writable(slot, prefix.num_tokens, num_known)
         assert new_blocks is not None and copies is not None, request.describe()
         return copies
 
@@ -342,6 +470,26 @@ class Scheduler:
             raise ProtocolError(f"step {step.step_id} has no_token_rows beyond its {token_ids.size} tokens")
         self._in_flight.popleft()
         return step, token_ids
+
+    def _learn_step_time(self, step: StepInFlight, now_s: float) -> None:
+        """The worker was free for the step when the one before was done, or when the step was made."""
+        self._step_times.observe(step.load, now_s - max(self._last_result_s, step.scheduled_at_s))
+        self._last_result_s = now_s
+
+    def _name_blocks(self, step: StepInFlight) -> None:
+        """Blocks that this step filled can be found by their contents from now on; all their tokens are confirmed."""
+        if not self._kv.enable_prefix_caching:
+            return
+        table, size = self._table, self._kv.block_size
+        num_full = step.num_computed // size
+        filled = (num_full > table.num_named[step.slots]) & (table.epoch[step.slots] == step.epochs)
+        for slot, end in zip(step.slots[filled].tolist(), num_full[filled].tolist(), strict=True):
+            chain = table.request(slot).block_hashes
+            if len(chain) < end:
+                tokens = table.token_bytes(slot, len(chain) * size, end * size)
+                table.request(slot).name_blocks(tokens, size * _TOKEN_BYTES)
+            self._kv.name_blocks(slot, chain, int(table.num_named[slot]), end)
+            table.num_named[slot] = end
 
     def _confirm(self, slots: Slots, token_ids: Tokens, now_s: float) -> StepOutcome:
         table = self._table

@@ -42,6 +42,7 @@ class SlotTable:
         self.num_computed = np.zeros(num_slots, np.int64)
         self.limit = np.zeros(num_slots, np.int64)
         self.capacity = np.zeros(num_slots, np.int64)  # tokens that the slot's blocks have room for
+        self.num_named = np.zeros(num_slots, np.int64)  # blocks that can be found by their contents
         self.min_tokens = np.zeros(num_slots, np.int64)
         self.stream = np.zeros(num_slots, np.bool_)
         self.client = np.zeros(num_slots, np.int32)
@@ -74,7 +75,7 @@ class SlotTable:
         self.used[slot] = True
         self.num_prompt[slot] = request.num_prompt_tokens
         self.num_confirmed[slot] = self.num_known[slot] = request.num_confirmed_tokens
-        self.num_computed[slot] = self.capacity[slot] = 0
+        self.num_computed[slot] = self.capacity[slot] = self.num_named[slot] = 0
         self.limit[slot] = limit
         self.min_tokens[slot] = request.sampling.min_tokens
         self.stream[slot] = request.stream
@@ -104,6 +105,15 @@ class SlotTable:
     def num_output(self, slot: int) -> int:
         return int(self.num_confirmed[slot] - self.num_prompt[slot])
 
+    def token_bytes(self, slot: int, start: int, end: int) -> bytes:
+        """The confirmed tokens [start, end) of a slot's sequence, prompt and output, as int32 bytes."""
+        num_prompt = int(self.num_prompt[slot])
+        prompt = self.request(slot).prompt_token_ids[start : min(end, num_prompt)].tobytes()
+        if end <= num_prompt:
+            return prompt
+        output: Tokens = self._outputs[slot, max(start - num_prompt, 0) : end - num_prompt]
+        return prompt + output.tobytes()
+
     def grow(self, slots: Slots, num_blocks: int = 1) -> None:
         """The slots have got `num_blocks` more blocks each."""
         self.capacity[slots] += num_blocks * self.block_size
@@ -122,6 +132,10 @@ class SlotTable:
         ready &= self.num_computed[:end] < self.capacity[:end]
         single = self.num_known[:end] - self.num_computed[:end] == 1
         return np.flatnonzero(ready & single), np.flatnonzero(ready & ~single)
+
+    def num_partial(self) -> int:
+        """Slots with more than one token to compute."""
+        return int(np.count_nonzero(self.num_known[: self.end] - self.num_computed[: self.end] > 1))
 
     def is_any_finishing(self) -> bool:
         """Whether a request only waits for tokens in flight to end at its limit."""

@@ -12,7 +12,7 @@ from folovllm.core_proc.block_pool import BlockPool
 from folovllm.core_proc.kv_cache_manager import KVCacheManager
 from folovllm.core_proc.request import Request, RequestStatus
 from folovllm.core_proc.request_queue import RequestQueue
-from folovllm.core_proc.scheduler import Scheduler, StepOutcome
+from folovllm.core_proc.scheduler import ChunkBounds, Scheduler, StepOutcome
 from tests.fakes.simulated_worker import SimulatedWorker, answer, int32, scheduled
 
 ALWAYS_WHOLE = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
@@ -24,6 +24,7 @@ class SimulatedEngine:
     Args:
         num_blocks: usable blocks.
         depth: steps in flight that `run` keeps.
+        chunking: the scheduler's bounds on prompts.
     """
 
     def __init__(
@@ -36,15 +37,18 @@ class SimulatedEngine:
         max_model_len: int = 256,
         policy: SchedulingPolicy = "fcfs",
         depth: int = 2,
+        enable_prefix_caching: bool = True,
+        **chunking: Any,
     ) -> None:
         self.pool = BlockPool(num_blocks + 1)
-        self.manager = KVCacheManager(self.pool, block_size)
+        self.manager = KVCacheManager(self.pool, block_size, enable_prefix_caching=enable_prefix_caching)
         self.scheduler = Scheduler(
             kv_cache_manager=self.manager,
             queue=RequestQueue(policy),
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
+            bounds=ChunkBounds(**chunking),
         )
         self.worker = SimulatedWorker(block_size, num_blocks + 1)
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -83,6 +87,8 @@ class SimulatedEngine:
                 arrival_s=self.now_s,
                 sample_index=index,
                 parent=answers[0] if answers else None,
+                cache_salt=options.get("cache_salt", ""),
+                skip_reading_prefix_cache=options.get("skip_reading_prefix_cache", False),
             )
             self.scheduler.add_request(request)
             self.scheduler.check_invariants()
@@ -90,7 +96,8 @@ class SimulatedEngine:
         self.requests += answers
         return answers
 
-    def schedule(self) -> SchedulerOutput | None:
+    def schedule(self, *, fails: bool = False) -> SchedulerOutput | None:
+        """Has the next step made and executed; one that `fails` leaves garbage in the blocks it writes to."""
         self.now_s += 1.0
         step = self.scheduler.schedule(self.now_s)
         self.scheduler.check_invariants()
@@ -101,7 +108,7 @@ class SimulatedEngine:
         assert 0 < num_tokens <= self.max_num_batched_tokens
         self.total_num_scheduled += num_tokens
         self.steps.append(step)
-        self.in_flight.append(self.worker.execute(step))
+        self.in_flight.append(self.worker.fail(step) if fails else self.worker.execute(step))
         return step
 
     def update(self, change: Callable[[ModelRunnerOutput], ModelRunnerOutput] | None = None) -> StepOutcome:

@@ -13,6 +13,8 @@ import numpy as np
 from folovllm.common.messages.core_worker import ModelRunnerOutput, NewRequest, SamplingRow, SchedulerOutput
 
 VOCABULARY = 97
+VOID_TOKEN = VOCABULARY  # sampled from garbage; no answer may hold it
+_GARBAGE = -1  # left by a step that failed: whoever samples from it must not live to see its result
 
 
 def sample(context: Sequence[int], sampling: SamplingRow) -> int:
@@ -71,10 +73,21 @@ class SimulatedWorker:
         tokens = []
         for slot in sampling_slots:
             row = self.rows[slot]
-            assert self._context(row) == row.token_ids, "the blocks do not hold the slot's tokens"
-            tokens.append(sample(row.token_ids, row.sampling))
+            context = self._context(row)
+            assert context == row.token_ids or _GARBAGE in context, "the blocks do not hold the slot's tokens"
+            tokens.append(VOID_TOKEN if _GARBAGE in context else sample(row.token_ids, row.sampling))
             row.token_ids.append(tokens[-1])
         return ModelRunnerOutput(step.step_id, int32(tokens))
+
+    def fail(self, step: SchedulerOutput) -> ModelRunnerOutput:
+        """Counts the step as computed, as a real worker does, and leaves garbage where it would have written."""
+        starts = {slot: self.rows[slot].num_computed for slot, _ in scheduled(step) if slot in self.rows}
+        starts |= {new.slot: new.num_computed_tokens for new in step.new_requests}
+        self.execute(step)
+        for slot, num_tokens in scheduled(step):
+            for position in range(starts[slot], starts[slot] + num_tokens):
+                self.kv[self.rows[slot].block_ids[position // self.block_size], position % self.block_size] = _GARBAGE
+        return ModelRunnerOutput(step.step_id, error="out of memory")
 
     def _apply(self, step: SchedulerOutput) -> None:
         for new in step.new_requests:

@@ -98,8 +98,37 @@ def test_copy_on_write_without_a_free_block_changes_nothing() -> None:
 def test_the_end_of_a_sequence_is_reused_before_its_beginning() -> None:
     manager = manager_of(3)
     manager.allocate("a", 12)
+    manager.name_blocks("a", [b"1", b"2", b"3"], 0, 3)
     manager.free("a")
     assert manager.pool.free_block_ids() == [3, 2, 1]
+
+
+def test_what_is_cached_is_found_up_to_the_first_gap_and_taken_over_free_or_not() -> None:
+    manager = manager_of(4)
+    manager.allocate("a", 12)
+    manager.name_blocks("a", [b"1", b"2", b"3"], 0, 3)
+    assert manager.find_cached([b"1", b"2", b"x", b"3"]) == [1, 2]
+    assert manager.find_cached([b"2"]) == [2]
+    assert manager.find_cached([]) == []
+    manager.take_cached("b", [1, 2])
+    manager.free("a")
+    assert list(manager.block_ids("b")) == [1, 2]
+    assert manager.num_free_without([1, 2]) == 2
+    assert manager.num_free_without([1, 3]) == 1
+    manager.free("b")
+    manager.take_cached("c", manager.find_cached([b"1", b"2", b"3"]))
+    assert list(manager.block_ids("c")) == [1, 2, 3]
+    manager.check_invariants()
+
+
+def test_after_a_reset_nothing_is_found_and_holders_keep_their_blocks() -> None:
+    manager = manager_of(4)
+    manager.allocate("a", 8)
+    manager.name_blocks("a", [b"1", b"2"], 0, 2)
+    manager.reset_prefix_cache()
+    assert manager.find_cached([b"1"]) == []
+    assert list(manager.block_ids("a")) == [1, 2]
+    manager.check_invariants()
 
 
 def test_shared_tokens_count_once() -> None:

@@ -304,7 +304,7 @@ def run_until_preempted(engine: SimulatedEngine) -> Request:
 
 
 def test_the_last_to_arrive_is_preempted_and_comes_back_with_its_tokens() -> None:
-    engine = SimulatedEngine(num_blocks=10)
+    engine = SimulatedEngine(num_blocks=10, enable_prefix_caching=False)
     first, second = two_that_do_not_fit(engine)
     assert run_until_preempted(engine) is second
     kept = output_of(second)
@@ -490,7 +490,7 @@ def test_children_wait_until_a_long_prompt_is_through_and_others_do_not_wait_for
 
 @pytest.mark.parametrize("moment", ["waiting", "running", "decoding"])
 def test_children_outlive_their_parent(moment: str) -> None:
-    engine = SimulatedEngine(max_num_seqs=1, depth=1)
+    engine = SimulatedEngine(max_num_seqs=1, depth=1, enable_prefix_caching=False)
     answers = engine.add(6, n=3, max_tokens=5, stream=True)
     if moment != "waiting":
         engine.schedule()

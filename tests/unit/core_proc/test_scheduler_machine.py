@@ -23,9 +23,22 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 5),
         more_tokens=st.integers(0, 12),
         policy=st.sampled_from(["fcfs", "priority"]),
+        enable_prefix_caching=st.booleans(),
+        threshold=st.sampled_from([None, 1, 3]),
+        max_num_partial=st.sampled_from([None, 1, 2]),
+        target_itl_s=st.sampled_from([None, 0.5, 2.0]),
     )
     def start(
-        self, num_blocks: int, block_size: int, max_num_seqs: int, more_tokens: int, policy: SchedulingPolicy
+        self,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        more_tokens: int,
+        policy: SchedulingPolicy,
+        enable_prefix_caching: bool,
+        threshold: int | None,
+        max_num_partial: int | None,
+        target_itl_s: float | None,
     ) -> None:
         self.engine = SimulatedEngine(
             num_blocks=num_blocks,
@@ -34,6 +47,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_num_batched_tokens=max_num_seqs + more_tokens,
             max_model_len=40,
             policy=policy,
+            enable_prefix_caching=enable_prefix_caching,
+            long_prefill_token_threshold=threshold,
+            max_num_partial_prefills=max_num_partial,
+            target_itl_s=target_itl_s,
         )
 
     def live(self) -> list[Request]:
@@ -50,6 +67,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         stop_token_ids=st.one_of(st.just([]), st.just(list(range(0, 97, 9))), st.just([5, 40, 70])),
         priority=st.integers(0, 2),
         stream=st.booleans(),
+        cache_salt=st.sampled_from(["", "", "tenant"]),
+        skip_reading=st.sampled_from([False, False, True]),
     )
     def add(
         self,
@@ -60,6 +79,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         stop_token_ids: list[int],
         priority: int,
         stream: bool,
+        cache_salt: str,
+        skip_reading: bool,
     ) -> None:
         engine = self.engine
         try:
@@ -72,6 +93,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                 stop_token_ids=stop_token_ids,
                 priority=priority,
                 stream=stream,
+                cache_salt=cache_salt,
+                skip_reading_prefix_cache=skip_reading,
             )
         except RequestError:
             assert len(prompt) > engine.manager.capacity_tokens
@@ -92,17 +115,24 @@ class SchedulerMachine(RuleBasedStateMachine):
         for _ in range(num_turns):
             self.engine.turn()
 
-    @precondition(lambda self: self.engine.in_flight)
+    @precondition(can_schedule)
     @rule()
-    def step_fails(self) -> None:
-        def fail(output: ModelRunnerOutput) -> ModelRunnerOutput:
-            return ModelRunnerOutput(output.step_id, error="out of memory")
+    def schedule_a_step_that_fails(self) -> None:
+        self.engine.schedule(fails=True)
 
+    @precondition(lambda self: self.engine.in_flight and self.engine.in_flight[0].error)
+    @rule()
+    def learn_that_a_step_failed(self) -> None:
         num_running = self.engine.scheduler.num_running
-        outcome = self.engine.update(fail)
+        outcome = self.engine.update()
         assert len(outcome.finished) <= num_running
         for request in outcome.finished:
             assert (request.status, request.error) == (RequestStatus.FINISHED_ERROR, "out of memory")
+
+    @rule()
+    def reset_prefix_cache(self) -> None:
+        self.engine.manager.reset_prefix_cache()
+        assert self.engine.pool.num_cached == 0
 
     @precondition(lambda self: self.engine.in_flight and self.engine.in_flight[0].token_ids)
     @rule(data=st.data())
