@@ -30,7 +30,7 @@ from folovllm.core_proc.admission import Admission
 from folovllm.core_proc.block_pool import BlockPool
 from folovllm.core_proc.engine_core import EngineCore
 from folovllm.core_proc.executor import Executor, WorkerFailedError
-from folovllm.core_proc.frontends import Frontends
+from folovllm.core_proc.frontends import MAX_KEPT_FRAMES, Frontends
 from folovllm.core_proc.kv_cache_manager import KVCacheManager
 from folovllm.core_proc.parent_link import ParentLink
 from folovllm.core_proc.request_queue import RequestQueue
@@ -118,6 +118,7 @@ class CoreProcess:
 
     def _listen(self, endpoint: str) -> str:
         self._socket = new_socket(self._context, zmq.ROUTER)
+        self._socket.setsockopt(zmq.SNDHWM, MAX_KEPT_FRAMES)
         self._endpoint, self._authenticator = bind(self._socket, endpoint)
         return self._endpoint
 

@@ -57,6 +57,7 @@ class Executor:
     def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", runtime_dir: str, worker_module: str) -> None:
         """Starts `python -m worker_module`. Raises OSError where the system cannot start it."""
         self.socket = new_socket(context, zmq.ROUTER)
+        self.socket.setsockopt(zmq.MAXMSGSIZE, -1)  # log probabilities of a step may take more, and the worker is ours
         self._refusals = Refusals(self.socket, "worker link")
         endpoint, _ = bind(self.socket, f"ipc://{runtime_dir}/worker")
         self._decoder: Decoder[WorkerToCore] = Decoder(WorkerToCore)

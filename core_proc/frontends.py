@@ -2,6 +2,9 @@
 
 A frontend is known by a small number of the core's (`client`) for as long as its connection lives. Its end shows when a
 frame cannot be delivered, so that each is sent a Ping once a second; its requests are then orphans, to be aborted.
+
+What a frontend that is stopped does not read is kept for it, up to a bound: then it is given up like one that is gone,
+and the first thing it learns after what was kept is that it was.
 """
 
 from collections.abc import Iterator
@@ -31,8 +34,12 @@ from folovllm.core_proc.refusals import Refusals, receive_waiting
 from folovllm.core_proc.request import Request
 from folovllm.core_proc.scheduler import StepOutcome
 
+MAX_KEPT_FRAMES: Final = 8192  # what one frontend leaves unread; minutes of streams, at 1 kB a frame some megabytes
 PING_INTERVAL_S: Final = 1.0  # how long a frontend that is gone may keep its blocks
 _PING: Final = encode(Ping())
+_GIVEN_UP: Final = encode(
+    EngineFailed(f"this frontend left {MAX_KEPT_FRAMES} messages of the engine unread; its requests were aborted")
+)
 _TOKEN_ID_BYTES = 4
 _MAX_NAME_CHARACTERS = 32  # it is a peer's own, and goes into the log
 
@@ -50,7 +57,7 @@ class Frontend:
 
 
 class Frontends:
-    """All connected frontends behind one ROUTER socket."""
+    """All connected frontends behind one ROUTER socket, whose SNDHWM bounds what is kept for each."""
 
     def __init__(self, socket: "zmq.Socket[bytes]", welcome: Welcome) -> None:
         self.socket = socket
@@ -62,6 +69,7 @@ class Frontends:
         self._next_client = 0
         self._next_ping_s = 0.0
         self._orphans: list[Request] = []
+        self._given_up: set[bytes] = set()  # identities to be told so as soon as they read again
 
     def __len__(self) -> int:
         return len(self._by_client)
@@ -111,6 +119,7 @@ class Frontends:
         self._next_ping_s = now_s + PING_INTERVAL_S
         for frontend in list(self._by_client.values()):
             self._deliver(frontend, _PING)
+        self._given_up = {identity for identity in self._given_up if not self._tell_given_up(identity)}
 
     def fail(self, message: str) -> None:
         """Tells all frontends that the engine ends."""
@@ -137,6 +146,7 @@ class Frontends:
             return
         if identity in self._by_identity:
             self._forget(self._by_identity[identity], "greets anew")
+        self._given_up.discard(identity)
         frontend = Frontend(self._next_client, identity, f"{hello.name[:_MAX_NAME_CHARACTERS]!r} (pid {hello.pid})")
         self._next_client += 1
         self._by_identity[identity] = frontend
@@ -164,9 +174,22 @@ class Frontends:
     def _deliver(self, frontend: Frontend, frame: bytes) -> None:
         try:
             self.socket.send_multipart([frontend.identity, frame], zmq.NOBLOCK)
+        except zmq.Again:
+            self._given_up.add(frontend.identity)
+            self._forget(frontend, f"left {MAX_KEPT_FRAMES} messages unread and is given up")
         except zmq.ZMQError as error:
             expected = error.errno == zmq.EHOSTUNREACH  # how every connection that was closed shows; no failure
             self._forget(frontend, "is gone" if expected else f"is gone ({error.strerror})")
+
+    def _tell_given_up(self, identity: bytes) -> bool:
+        """Whether there is nothing left to do for it: it was told, or it is gone."""
+        try:
+            self.socket.send_multipart([identity, _GIVEN_UP], zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as error:
+            logger.debug("a frontend that was given up is gone (%s)", error.strerror)
+        return True
 
     def _forget(self, frontend: Frontend, why: str) -> None:
         if self._by_client.pop(frontend.client, None) is None:

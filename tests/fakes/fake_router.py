@@ -7,12 +7,14 @@ from folovllm.common.transport import Decoder
 
 
 class FakeRouter:
-    """`incoming` is what peers have sent, `sent` what they got; peers in `gone` cannot be reached."""
+    """`incoming` is what peers have sent, `sent` what they got; peers in `gone` cannot be reached, those in `full` do
+    not read."""
 
     def __init__(self) -> None:
         self.incoming: list[list[bytes]] = []
         self.sent: list[tuple[bytes, CoreToFrontend]] = []
         self.gone: set[bytes] = set()
+        self.full: set[bytes] = set()
         self._decoder: Decoder[CoreToFrontend] = Decoder(CoreToFrontend)
 
     def recv_multipart(self, _flags: int) -> list[bytes]:
@@ -24,6 +26,8 @@ class FakeRouter:
         identity, frame = frames
         if identity in self.gone:
             raise zmq.ZMQError(zmq.EHOSTUNREACH)
+        if identity in self.full:
+            raise zmq.Again
         self.sent.append((identity, self._decoder.decode(frame)))
 
     def take(self) -> list[tuple[bytes, CoreToFrontend]]:

@@ -1,9 +1,11 @@
 """Who is connected, what each is sent, and whose requests become orphans; the socket is a list of frames."""
 
 import itertools
+import pathlib
 
 import numpy as np
 import pytest
+import zmq
 
 from folovllm.common.messages.core_worker import SamplingRow
 from folovllm.common.messages.frontend_core import (
@@ -17,7 +19,7 @@ from folovllm.common.messages.frontend_core import (
     Welcome,
 )
 from folovllm.common.messages.lifecycle import PROTOCOL_VERSION, BadFrame, Hello
-from folovllm.common.transport import encode
+from folovllm.common.transport import bind, connect, encode, new_socket
 from folovllm.core_proc.frontends import Frontends
 from folovllm.core_proc.request import Request, RequestStatus
 from folovllm.core_proc.scheduler import StepOutcome
@@ -175,6 +177,66 @@ def test_a_second_hello_orphans_the_first_ones_requests(router: FakeRouter, fron
     assert not frontend.requests
     assert frontends.take_orphans() == [request]
     assert len(frontends) == 2
+
+
+def test_a_frontend_that_does_not_read_is_given_up_and_told_so_when_it_does(
+    router: FakeRouter, frontends: Frontends
+) -> None:
+    request = add_request(router, frontends, b"a", 1)
+    router.full = {b"a"}
+    frontends.send_outcome(outcome((0, 1, 5), (1, 1, 7)))
+    assert frontends.take_orphans() == [request]
+    assert [(identity, tokens_of(message)) for identity, message in router.take()] == [(b"b", [(1, 7)])]
+    frontends.ping(1.0)
+    assert router.take() == [(b"b", Ping())]
+    router.full = set()
+    frontends.ping(2.0)
+    (_, (identity, message)) = router.take()
+    assert identity == b"a"
+    assert isinstance(message, EngineFailed)
+    assert "8192 messages of the engine unread" in message.message
+    frontends.ping(3.0)
+    assert router.take() == [(b"b", Ping())]
+
+
+@pytest.mark.parametrize("is_gone", [True, False])
+def test_a_frontend_given_up_that_leaves_or_greets_anew_is_told_nothing(
+    router: FakeRouter, frontends: Frontends, is_gone: bool
+) -> None:
+    router.full = {b"a"}
+    frontends.ping(1.0)
+    router.full = set()
+    if is_gone:
+        router.gone = {b"a"}
+    else:
+        router.incoming = [[b"a", encode(HELLO)]]
+        assert not list(frontends.receive())
+    router.take()
+    for now_s in (2.0, 3.0):
+        frontends.ping(now_s)
+    assert {type(message) for _, message in router.take()} == {Ping}
+    assert len(frontends) == (1 if is_gone else 2)
+
+
+def test_a_real_socket_reports_a_peer_that_does_not_read(tmp_path: pathlib.Path) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    socket, peer = new_socket(context, zmq.ROUTER), new_socket(context, zmq.DEALER)
+    socket.setsockopt(zmq.SNDHWM, 5)
+    endpoint, _ = bind(socket, f"ipc://{tmp_path}/core")
+    peer.setsockopt(zmq.RCVHWM, 1)
+    connect(peer, endpoint)
+    peer.send(encode(HELLO))
+    assert socket.poll(10_000)
+    frontends = Frontends(socket, WELCOME)
+    assert not list(frontends.receive())
+    assert len(frontends) == 1
+    long_frame = np.zeros((2**16, 3), np.int32)
+    for _ in range(1000):
+        frontends.send_outcome(StepOutcome(*long_frame.T, []))
+        if not len(frontends):
+            break
+    assert not len(frontends)
+    context.destroy(0)
 
 
 def test_all_are_told_that_the_engine_failed(router: FakeRouter, frontends: Frontends) -> None:
