@@ -5,14 +5,13 @@ has checked them too: one wrong token id would be an index outside a table in th
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
-from folovllm.common.messages.core_worker import SamplingRow
 from folovllm.common.messages.frontend_core import EngineCoreRequest, RejectedRequest
-from folovllm.common.sampling_params import MAX_N, MAX_STOP_TOKEN_IDS, MAX_TOKENS, MAX_TOP_K
+from folovllm.common.sampling_params import MAX_N
+from folovllm.core_proc.admission_checks import Refused, RequestChecks, as_token_ids, check_range
 from folovllm.core_proc.request import Request
 
 _MAX_NUMBER = 2**31
@@ -20,12 +19,6 @@ _TOKEN_ID_BYTES = 4
 _SMALLEST_RETRY_S = 1.0  # HTTP's Retry-After counts whole seconds
 _LARGEST_RETRY_S = 60.0  # the estimate is worth little beyond, and room may come sooner
 _WEIGHT_OF_THE_NEWEST = 0.1  # in the running mean of the time between two ends
-
-
-class _Refused(Exception):
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(message)
-        self.field = field
 
 
 class FinishPace:
@@ -59,14 +52,17 @@ class Admission:
         max_num_seqs: int,
         max_num_queued_reqs: int,
         max_num_queued_tokens: int | None,
+        logits_processors: Sequence[str] = (),
     ) -> None:
-        """`num_pool_tokens`: tokens whose K and V the whole pool holds."""
+        """`num_pool_tokens`: tokens whose K and V the whole pool holds; `logits_processors`: names that are loaded."""
         self._max_model_len = max_model_len
-        self._num_valid_token_ids = num_valid_token_ids
         self._num_pool_tokens = num_pool_tokens
         self._max_num_seqs = max_num_seqs
         self._max_num_queued_reqs = max_num_queued_reqs
         self._max_num_queued_tokens = max_num_queued_tokens
+        self._checks = RequestChecks(
+            num_valid_token_ids=num_valid_token_ids, max_num_seqs=max_num_seqs, logits_processors=logits_processors
+        )
         self.pace = FinishPace()
 
     def admit(self, message: EngineCoreRequest, client: int, now_s: float) -> list[Request]:
@@ -106,10 +102,9 @@ class Admission:
         """Why the request cannot be taken, None if it can. `live_numbers` are those of the frontend it comes from."""
         try:
             self._check_numbers(message, live_numbers)
-            self._check_prompt(message.prompt_token_ids)
-            _check_sampling(message.sampling)
-            self._check_stop_token_ids(message.sampling.stop_token_ids)
-        except _Refused as refused:
+            self._check_prompt_length(as_token_ids("prompt_token_ids", message.prompt_token_ids).size)
+            self._checks.check(message)
+        except Refused as refused:
             return RejectedRequest(message.number, "invalid", str(refused), field=refused.field)
         full = self._queue_full(message, num_running, num_waiting, num_waiting_tokens)
         if full:
@@ -118,47 +113,31 @@ class Admission:
         return None
 
     def _check_numbers(self, message: EngineCoreRequest, live_numbers: "dict[int, Request]") -> None:
-        _check("n", message.n, 1, MAX_N)
+        check_range("n", message.n, 1, MAX_N)
         most = self._max_num_queued_reqs + self._max_num_seqs
         if message.n > most:
-            raise _Refused("n", f"n={message.n} answers never fit: the engine runs and queues {most} at most")
-        _check("max_tokens", message.max_tokens, 0, math.inf)
-        _check("number", message.number, 0, _MAX_NUMBER - message.n)
+            raise Refused("n", f"n={message.n} answers never fit: the engine runs and queues {most} at most")
+        check_range("max_tokens", message.max_tokens, 0, math.inf)
+        check_range("number", message.number, 0, _MAX_NUMBER - message.n)
         for number in range(message.number, message.number + message.n):
             if number in live_numbers:
-                raise _Refused("number", f"number {number} is in use by a request that is not finished")
+                raise Refused("number", f"number {number} is in use by a request that is not finished")
 
-    def _check_prompt(self, token_ids: bytes) -> None:
-        prompt = _as_token_ids("prompt_token_ids", token_ids)
-        if not len(prompt):
-            raise _Refused("prompt_token_ids", "the prompt is empty; it needs at least one token")
-        if len(prompt) >= self._max_model_len:
-            raise _Refused(
+    def _check_prompt_length(self, num_tokens: int) -> None:
+        if not num_tokens:
+            raise Refused("prompt_token_ids", "the prompt is empty; it needs at least one token")
+        if num_tokens >= self._max_model_len:
+            raise Refused(
                 "prompt_token_ids",
-                f"the prompt has {len(prompt)} tokens and the model's length (max_model_len) is {self._max_model_len}: "
+                f"the prompt has {num_tokens} tokens and the model's length (max_model_len) is {self._max_model_len}: "
                 "no room is left for a single output token",
             )
-        if len(prompt) > self._num_pool_tokens:
-            raise _Refused(
+        if num_tokens > self._num_pool_tokens:
+            raise Refused(
                 "prompt_token_ids",
-                f"the prompt has {len(prompt)} tokens and the whole KV pool holds {self._num_pool_tokens}: "
+                f"the prompt has {num_tokens} tokens and the whole KV pool holds {self._num_pool_tokens}: "
                 "it can never run; a larger pool or a shorter prompt is needed",
             )
-        self._check_ids("prompt_token_ids", prompt)
-
-    def _check_stop_token_ids(self, token_ids: bytes) -> None:
-        stop_set = _as_token_ids("stop_token_ids", token_ids)
-        if len(stop_set) > MAX_STOP_TOKEN_IDS:
-            raise _Refused("stop_token_ids", f"{len(stop_set)} ids; at most {MAX_STOP_TOKEN_IDS} are allowed")
-        if len(stop_set):
-            self._check_ids("stop_token_ids", stop_set)
-
-    def _check_ids(self, field: str, ids: npt.NDArray[np.int32]) -> None:
-        for wrong in (int(ids.min()), int(ids.max())):
-            if not 0 <= wrong < self._num_valid_token_ids:
-                position = int(np.argmax(ids == wrong))
-                last = self._num_valid_token_ids - 1
-                raise _Refused(field, f"token id {wrong} at position {position} must lie between 0 and {last}")
 
     def _queue_full(
         self, message: EngineCoreRequest, num_running: int, num_waiting: int, num_waiting_tokens: int
@@ -174,31 +153,3 @@ class Admission:
         if bound is not None and num_waiting and num_tokens > bound:
             return f"prompts of {num_waiting_tokens} tokens wait; the queue is bounded at {bound} tokens"
         return ""
-
-
-def _check_sampling(sampling: SamplingRow) -> None:
-    for name, value, low, high in _sampling_ranges(sampling):
-        _check(name, value, low, high)
-    if sampling.top_p == 0:
-        raise _Refused("top_p", "top_p=0 must be greater than 0 and at most 1")
-
-
-def _sampling_ranges(sampling: SamplingRow) -> Iterator[tuple[str, float, float, float]]:
-    yield "temperature", sampling.temperature, 0.0, math.inf
-    yield "top_k", sampling.top_k, 0, MAX_TOP_K
-    yield "top_p", sampling.top_p, 0.0, 1.0
-    yield "min_p", sampling.min_p, 0.0, 1.0
-    yield "seed", sampling.seed, -(2**63), 2**63 - 1
-    yield "sample_index", sampling.sample_index, 0, 0
-    yield "min_tokens", sampling.min_tokens, 0, MAX_TOKENS
-
-
-def _check(name: str, value: float, low: float, high: float) -> None:
-    if not (math.isfinite(value) and low <= value <= high):
-        raise _Refused(name, f"{name}={value} must be a finite number between {low} and {high}")
-
-
-def _as_token_ids(field: str, token_ids: bytes) -> npt.NDArray[np.int32]:
-    if len(token_ids) % _TOKEN_ID_BYTES:
-        raise _Refused(field, f"{len(token_ids)} bytes are no whole number of int32 token ids")
-    return np.frombuffer(token_ids, "<i4")

@@ -152,6 +152,7 @@ class CoreProcess:
             max_num_seqs=config.max_num_seqs,
             max_num_queued_reqs=config.max_num_queued_reqs,
             max_num_queued_tokens=config.max_num_queued_tokens,
+            logits_processors=config.logits_processors,
         )
         return EngineCore(
             waiter=self._waiter,
