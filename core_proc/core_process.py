@@ -32,6 +32,7 @@ from folovllm.core_proc.engine_core import EngineCore
 from folovllm.core_proc.executor import Executor, WorkerFailedError
 from folovllm.core_proc.frontends import MAX_KEPT_FRAMES, Frontends
 from folovllm.core_proc.kv_cache_manager import KVCacheManager
+from folovllm.core_proc.observer import Observer
 from folovllm.core_proc.parent_link import ParentLink
 from folovllm.core_proc.request_queue import RequestQueue
 from folovllm.core_proc.scheduler import ChunkBounds, Scheduler
@@ -154,6 +155,9 @@ class CoreProcess:
             max_num_queued_tokens=config.max_num_queued_tokens,
             logits_processors=config.logits_processors,
         )
+        observer = Observer(
+            scheduler=scheduler, pool=pool, frontends=self._frontends, log_interval_s=config.log_interval_s
+        )
         return EngineCore(
             waiter=self._waiter,
             parent=self._parent,
@@ -161,7 +165,7 @@ class CoreProcess:
             admission=admission,
             scheduler=scheduler,
             executor=self._executor,
-            pool=pool,
+            observer=observer,
             pipeline_depth=config.pipeline_depth,
         )
 

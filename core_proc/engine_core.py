@@ -15,19 +15,19 @@ from folovllm.common.messages.frontend_core import (
     AddRequests,
     EngineCoreOutputs,
     EngineCoreRequest,
-    EngineStats,
     FinishedRequest,
     GetStats,
     RejectedRequest,
     ResetPrefixCache,
 )
 from folovllm.core_proc.admission import Admission
-from folovllm.core_proc.block_pool import BlockPool
+from folovllm.core_proc.deadlines import Deadlines
 from folovllm.core_proc.executor import Executor
 from folovllm.core_proc.frontends import Frontend, Frontends
+from folovllm.core_proc.observer import Observer
 from folovllm.core_proc.parent_link import ParentLink
 from folovllm.core_proc.request import RequestStatus
-from folovllm.core_proc.scheduler import Scheduler, StepOutcome
+from folovllm.core_proc.scheduler import Scheduler, StepOutcome, only_ends
 from folovllm.core_proc.waiter import Waiter
 
 _TICK_MS = 1000  # how late a ping, the bound on a step or the check of the books may be
@@ -47,7 +47,7 @@ class EngineCore:
         admission: Admission,
         scheduler: Scheduler,
         executor: Executor,
-        pool: BlockPool,
+        observer: Observer,
         pipeline_depth: int,
     ) -> None:
         """`waiter` must know the sockets of `frontends` and `executor` already."""
@@ -57,7 +57,8 @@ class EngineCore:
         self._admission = admission
         self._scheduler = scheduler
         self._executor = executor
-        self._pool = pool
+        self._observer = observer
+        self._deadlines = Deadlines()
         self._pipeline_depth = pipeline_depth
         self._is_checked = True
 
@@ -74,6 +75,7 @@ class EngineCore:
             self._receive(now_s)
         outcomes = self._collect(now_s) if self._executor.socket in sources else []
         self._abort_orphans(now_s)
+        outcomes += self._end_overdue(now_s)
         self._submit(now_s)  # before the outputs are sent: the worker is not kept waiting
         for outcome in outcomes:
             self._frontends.send_outcome(outcome)
@@ -81,12 +83,13 @@ class EngineCore:
         if self._parent.socket in sources:
             self._parent.pass_over_frames()
         self._executor.check(sources, now_s)
+        self._observer.log_state(now_s)
         self._check_when_idle(sources)
 
     def _timeout_ms(self) -> int | None:
         """None where nothing can become due without a frame: then the process sleeps."""
         is_due = len(self._frontends) or self._executor.num_in_flight or not self._is_checked
-        return _TICK_MS if is_due else None
+        return self._deadlines.wait_ms(time.monotonic(), _TICK_MS if is_due else None)
 
     def _receive(self, now_s: float) -> None:
         for frontend, message in self._frontends.receive():
@@ -97,9 +100,9 @@ class EngineCore:
                     self._abort(frontend, message.numbers, now_s)
                 case ResetPrefixCache():
                     self._scheduler.reset_prefix_cache()
-                    self._frontends.send(frontend, self._stats(message.ticket))
+                    self._frontends.send(frontend, self._observer.stats(message.ticket))
                 case GetStats():
-                    self._frontends.send(frontend, self._stats(message.ticket))
+                    self._frontends.send(frontend, self._observer.stats(message.ticket))
 
     def _add(self, frontend: Frontend, messages: list[EngineCoreRequest], now_s: float) -> None:
         rejected: list[RejectedRequest] = []
@@ -120,11 +123,17 @@ class EngineCore:
                 numbers = range(message.number, message.number + message.n)
                 finished += [FinishedRequest(number, "length") for number in numbers]
             else:
-                for request in self._admission.admit(message, frontend.client, now_s):
-                    frontend.requests[request.number] = request
-                    scheduler.add_request(request)
+                self._admit(frontend, message, now_s)
         if rejected or finished:
             self._frontends.send(frontend, EngineCoreOutputs(finished=finished, rejected=rejected))
+
+    def _admit(self, frontend: Frontend, message: EngineCoreRequest, now_s: float) -> None:
+        requests = self._admission.admit(message, frontend.client, now_s)
+        for request in requests:
+            frontend.requests[request.number] = request
+            self._scheduler.add_request(request)
+        if message.timeout_s is not None:
+            self._deadlines.add(requests, now_s + message.timeout_s)
 
     def _abort(self, frontend: Frontend, numbers: bytes, now_s: float) -> None:
         requests = [
@@ -139,6 +148,13 @@ class EngineCore:
         orphans = self._frontends.take_orphans()
         if orphans:
             self._scheduler.finish_requests(orphans, RequestStatus.FINISHED_ABORTED, now_s)
+
+    def _end_overdue(self, now_s: float) -> list[StepOutcome]:
+        """Requests whose time is over end with the tokens that have arrived, wherever they are."""
+        overdue = self._deadlines.take_due(now_s)
+        if not overdue:
+            return []
+        return [only_ends(self._scheduler.finish_requests(overdue, RequestStatus.FINISHED_TIMED_OUT, now_s))]
 
     def _collect(self, now_s: float) -> list[StepOutcome]:
         outcomes = []
@@ -161,28 +177,6 @@ class EngineCore:
             if step is None:
                 return
             self._executor.submit(step, now_s)
-
-    def _stats(self, ticket: int) -> EngineStats:
-        scheduler, counters = self._scheduler, self._scheduler.counters
-        return EngineStats(
-            ticket=ticket,
-            num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting,
-            num_free_blocks=self._pool.num_free,
-            num_blocks=self._pool.num_usable,
-            num_cached_tokens_total=counters.num_cached_tokens,
-            num_preemptions_total=counters.num_preemptions,
-            num_lost_tokens_total=counters.num_lost_tokens,
-            num_prompt_tokens_total=counters.num_prompt_tokens,
-            num_output_tokens_total=counters.num_output_tokens,
-            num_frontends=len(self._frontends),
-            num_steps_total=counters.num_steps,
-            tokens_in_use=scheduler.num_tokens_in_use,
-            num_cache_queries_total=counters.num_cache_queries,
-            num_cache_hits_total=counters.num_cache_hits,
-            num_cached_blocks=self._pool.num_cached,
-            num_evicted_blocks_total=self._pool.num_evicted,
-        )
 
     def _check_when_idle(self, sources: list[Any]) -> None:
         """Checks the invariants once when the engine has had no work for a second: many blocks take time."""

@@ -233,7 +233,7 @@ class Scheduler:
         if output.error:
             lives = self._table.epoch[step.slots] == step.epochs
             failed = self._requests(step.slots[lives])
-            return _outcome(self.finish_requests(failed, RequestStatus.FINISHED_ERROR, now_s, output.error))
+            return only_ends(self.finish_requests(failed, RequestStatus.FINISHED_ERROR, now_s, output.error))
         self._name_blocks(step)
         slots, epochs = step.slots, step.epochs
         if not step.samples.all():
@@ -599,7 +599,8 @@ class Scheduler:
         _check(known - confirmed == num_on_way, request, "placeholders are not the tokens in flight")
 
 
-def _outcome(finished: list[Request]) -> StepOutcome:
+def only_ends(finished: list[Request]) -> StepOutcome:
+    """An outcome without new tokens."""
     nothing = np.empty(0, np.int32)
     return StepOutcome(nothing, nothing, nothing, finished)
 

@@ -7,14 +7,23 @@ import pytest
 
 from folovllm.common.log import ROOT_NAME
 from folovllm.common.messages.core_worker import ModelRunnerOutput, SchedulerOutput
-from folovllm.common.messages.frontend_core import AddRequests, EngineCoreOutputs, Welcome
+from folovllm.common.messages.frontend_core import (
+    AddRequests,
+    EngineCoreOutputs,
+    EngineStats,
+    GetStats,
+    ResetPrefixCache,
+    Welcome,
+)
 from folovllm.common.messages.lifecycle import PROTOCOL_VERSION, Hello
 from folovllm.common.transport import encode
+from folovllm.core_proc import engine_core
 from folovllm.core_proc.admission import Admission
 from folovllm.core_proc.block_pool import BlockPool
 from folovllm.core_proc.engine_core import EngineCore
 from folovllm.core_proc.frontends import Frontends
 from folovllm.core_proc.kv_cache_manager import KVCacheManager
+from folovllm.core_proc.observer import Observer
 from folovllm.core_proc.request_queue import RequestQueue
 from folovllm.core_proc.scheduler import Scheduler
 from tests.fakes.fake_frontend import make_request
@@ -77,7 +86,7 @@ class FakeParentLink:
 class Turns:
     """An engine of fakes and what it did."""
 
-    def __init__(self, depth: int) -> None:
+    def __init__(self, depth: int, log_interval_s: float = 0.0) -> None:
         self.events: list[str] = []
         self.waiter, self.router, self.executor = FakeWaiter(), LoggingRouter(self.events), FakeExecutor(self.events)
         self.pool = BlockPool(64)
@@ -97,14 +106,17 @@ class Turns:
             max_num_queued_tokens=None,
         )
         welcome = Welcome("m", 128, 1000, BLOCK_SIZE, 63, 4, "fake", "float32", "0")
+        frontends = Frontends(self.router, welcome)  # type: ignore[arg-type]
         self.engine = EngineCore(
             waiter=self.waiter,  # type: ignore[arg-type]
             parent=FakeParentLink(),  # type: ignore[arg-type]
-            frontends=Frontends(self.router, welcome),  # type: ignore[arg-type]
+            frontends=frontends,
             admission=admission,
             scheduler=self.scheduler,
             executor=self.executor,  # type: ignore[arg-type]
-            pool=self.pool,
+            observer=Observer(
+                scheduler=self.scheduler, pool=self.pool, frontends=frontends, log_interval_s=log_interval_s
+            ),
             pipeline_depth=depth,
         )
 
@@ -119,8 +131,8 @@ class Turns:
         self.router.incoming.append([b"a", encode(Hello("frontend", PROTOCOL_VERSION, 1, "a"))])
         assert self.turn(self.router) == ["Welcome"]
 
-    def add(self, number: int, max_tokens: int) -> None:
-        request = make_request(number, [1, 2, 3], max_tokens, stream=True)
+    def add(self, number: int, max_tokens: int, **others: object) -> None:
+        request = make_request(number, [1, 2, 3], max_tokens, stream=True, **others)
         self.router.incoming.append([b"a", encode(AddRequests([request]))])
 
 
@@ -154,6 +166,110 @@ def test_the_process_sleeps_without_a_bound_only_where_nothing_can_become_due() 
     turns.turn(turns.router)
     turns.turn()
     assert turns.waiter.timeouts == [None, None, 1000, 1000, 1000]
+
+
+class Clock:
+    """Stands for the module `time`; a test says what it is."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(engine_core, "time", clock)
+    return clock
+
+
+def ends_of(turns: Turns) -> dict[int, str]:
+    outputs = [message for _, message in turns.router.take() if isinstance(message, EngineCoreOutputs)]
+    return {finished.number: finished.finish_reason for message in outputs for finished in message.finished}
+
+
+def test_a_time_limit_ends_requests_wherever_they_are(clock: Clock) -> None:
+    turns = Turns(1)
+    turns.connect()
+    turns.add(0, 50, timeout_s=2.0, n=2)  # the second waits for the first one's prompt, in no queue
+    turns.add(2, 50, timeout_s=2.5)
+    turns.add(3, 50)
+    turns.add(4, 50, timeout_s=3.0)
+    turns.add(5, 50, timeout_s=3.0)
+    turns.turn(turns.router)
+    assert (turns.scheduler.num_running, turns.scheduler.num_waiting) == (4, 2)
+    clock.now_s = 101.999
+    assert turns.turn() == []
+    clock.now_s = 102.0
+    assert turns.turn() == ["EngineCoreOutputs"]
+    assert ends_of(turns) == {0: "timeout", 1: "timeout"}
+    clock.now_s = 103.5
+    turns.turn()
+    assert ends_of(turns) == {2: "timeout", 4: "timeout", 5: "timeout"}
+    assert (turns.scheduler.num_running, turns.scheduler.num_waiting) == (1, 0)
+    assert turns.pool.num_free == turns.pool.num_usable - 1
+    while turns.scheduler.has_unfinished:
+        turns.turn(turns.executor.socket)
+    assert ends_of(turns) == {3: "length"}
+
+
+def test_a_time_limit_comes_after_the_tokens_that_came_in_time(clock: Clock) -> None:
+    turns = Turns(1)
+    turns.connect()
+    turns.add(1, 2, timeout_s=1.0)
+    turns.add(2, 1, timeout_s=1.0)
+    turns.turn(turns.router)
+    clock.now_s = 200.0
+    assert turns.turn(turns.executor.socket) == ["EngineCoreOutputs"] * 2
+    tokens, ends = (message for _, message in turns.router.take() if isinstance(message, EngineCoreOutputs))
+    assert len(tokens.numbers) == 8
+    assert [(end.number, end.finish_reason) for end in tokens.finished] == [(2, "length")]
+    assert [(end.number, end.finish_reason) for end in ends.finished] == [(1, "timeout")]
+    assert not turns.scheduler.has_unfinished
+
+
+def test_the_process_wakes_up_for_the_next_time_limit(clock: Clock) -> None:
+    turns = Turns(1)
+    turns.connect()
+    turns.add(1, 50, timeout_s=0.25)
+    turns.turn(turns.router)
+    for clock.now_s in (100.0, 100.2, 100.3, 100.4):
+        turns.turn()
+    assert turns.waiter.timeouts[-4:] == [250, 50, 0, 1000]
+
+
+def test_the_cache_is_emptied_on_request_and_the_state_told() -> None:
+    turns = Turns(1)
+    turns.connect()
+    turns.router.incoming.append([b"a", encode(AddRequests([make_request(1, list(range(9)), 1)]))])
+    turns.turn(turns.router)
+    turns.turn(turns.executor.socket)
+    turns.router.incoming += [[b"a", encode(GetStats(7))], [b"a", encode(ResetPrefixCache(8))]]
+    assert turns.turn(turns.router) == ["EngineStats"] * 2
+    before, after = (message for _, message in turns.router.sent[-2:])
+    assert isinstance(before, EngineStats)
+    assert isinstance(after, EngineStats)
+    assert (before.ticket, before.num_cached_blocks, before.num_cache_queries_total) == (7, 2, 9)
+    assert (after.ticket, after.num_cached_blocks, after.num_evicted_blocks_total) == (8, 0, 0)
+
+
+def test_a_line_about_the_state_is_logged_while_there_is_work(
+    clock: Clock, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger(ROOT_NAME), "propagate", True)
+    caplog.set_level(logging.INFO, ROOT_NAME)
+    turns = Turns(1, log_interval_s=5.0)
+    turns.connect()
+    turns.add(1, 3)
+    turns.turn(turns.router)
+    for clock.now_s in (103.0, 106.0, 109.0, 112.0, 118.0):
+        turns.turn(*([turns.executor.socket] if turns.executor.steps else []))
+    lines = [record.getMessage() for record in caplog.records if "Running" in record.getMessage()]
+    assert [line.split(", ")[0] for line in lines] == ["Running: 1 reqs", "Running: 0 reqs"]
+    assert "KV cache: 3.2 %, Prefix cache hits: 0.0 %, Prompt: 0.5 tokens/s, Generation: 0.3 tokens/s" in lines[0]
+    assert "KV cache: 0.0 %, Prefix cache hits: -, Prompt: 0.0 tokens/s, Generation: 0.2 tokens/s" in lines[1]
 
 
 def test_invariants_are_checked_once_after_a_quiet_second(

@@ -14,6 +14,8 @@ PRESENT = (
     "core_proc/kv_cache_manager.py",
     "core_proc/request_queue.py",
     "core_proc/request.py",
+    "core_proc/deadlines.py",
+    "core_proc/state_log.py",
     "frontend/detokenizer.py",
 )
 # Those that may come later.

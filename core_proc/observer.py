@@ -1,0 +1,50 @@
+"""What the engine tells about itself: its figures on request, and a line in the log now and then."""
+
+from folovllm.common.log import get_logger
+from folovllm.common.messages.frontend_core import EngineStats
+from folovllm.core_proc.block_pool import BlockPool
+from folovllm.core_proc.frontends import Frontends
+from folovllm.core_proc.scheduler import Scheduler
+from folovllm.core_proc.state_log import StateLog
+
+logger = get_logger(__name__)
+
+
+class Observer:
+    """Looks at an engine's parts and changes none of them."""
+
+    def __init__(
+        self, *, scheduler: Scheduler, pool: BlockPool, frontends: Frontends, log_interval_s: float = 0.0
+    ) -> None:
+        self._scheduler = scheduler
+        self._pool = pool
+        self._frontends = frontends
+        self._state_log = StateLog(log_interval_s)
+
+    def log_state(self, now_s: float) -> None:
+        """Logs a line if one is due; to be called in every turn."""
+        if self._state_log.is_due(now_s, self._scheduler.has_unfinished):
+            logger.info("%s", self._state_log.line(now_s, self.stats(0)))
+
+    def stats(self, ticket: int) -> EngineStats:
+        """The engine's state now, as the answer to the question with this ticket."""
+        scheduler, counters = self._scheduler, self._scheduler.counters
+        return EngineStats(
+            ticket=ticket,
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_free_blocks=self._pool.num_free,
+            num_blocks=self._pool.num_usable,
+            num_cached_tokens_total=counters.num_cached_tokens,
+            num_preemptions_total=counters.num_preemptions,
+            num_lost_tokens_total=counters.num_lost_tokens,
+            num_prompt_tokens_total=counters.num_prompt_tokens,
+            num_output_tokens_total=counters.num_output_tokens,
+            num_frontends=len(self._frontends),
+            num_steps_total=counters.num_steps,
+            tokens_in_use=scheduler.num_tokens_in_use,
+            num_cache_queries_total=counters.num_cache_queries,
+            num_cache_hits_total=counters.num_cache_hits,
+            num_cached_blocks=self._pool.num_cached,
+            num_evicted_blocks_total=self._pool.num_evicted,
+        )
