@@ -13,12 +13,12 @@ from types import TracebackType
 from typing import Unpack
 
 from folovllm.common.errors import EngineDeadError, FoloVLLMError, RequestError
-from folovllm.common.messages.frontend_core import EngineCoreOutputs, EngineStats
+from folovllm.common.messages.frontend_core import EngineCoreOutputs, EngineStats, Welcome
 from folovllm.common.sampling_params import SamplingParams
 from folovllm.frontend.chat_request import ChatOptions, Conversation, render
 from folovllm.frontend.engine_options import EngineOptions, check_names
 from folovllm.frontend.engine_process import close_in_owner
-from folovllm.frontend.input_processor import Prompt, Request
+from folovllm.frontend.input_processor import Prompt, RenderedChat, Request
 from folovllm.frontend.opening import open_engine
 from folovllm.frontend.output_processor import RequestState
 from folovllm.frontend.outputs import RequestOutput
@@ -79,6 +79,15 @@ class AsyncLLM:
         if self._open.tokenizer is None:
             raise RequestError("this model has no tokenizer")
         return self._open.tokenizer
+
+    @property
+    def info(self) -> Welcome:
+        """What the engine said about itself: its model's folder, the longest prompt and answer, and so on."""
+        return self._open.client.welcome
+
+    def render_chat(self, messages: Conversation, **template: Unpack[ChatOptions]) -> RenderedChat:
+        """The prompt that `chat` makes of a conversation, for `generate`. Raises RequestError."""
+        return render(self._open.chat, messages, template)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What a request without `sampling_params` uses: the model's generation_config.json, else neutral values."""

@@ -1,0 +1,1 @@
+"""The endpoints, one module for each API; each offers `endpoints(context)`, the list of its `Endpoint`s."""

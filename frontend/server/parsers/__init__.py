@@ -1,0 +1,1 @@
+"""What finds tool calls and reasoning in an answer's text."""

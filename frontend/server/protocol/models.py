@@ -1,0 +1,83 @@
+"""`/v1/models`, `/tokenize`, `/detokenize`, `/version`, `/health`."""
+
+from typing import Any
+
+import msgspec
+
+from folovllm.frontend.server.protocol.chat import ChatMessage
+from folovllm.frontend.server.protocol.tools import Tool
+
+
+class ModelCard(msgspec.Struct, kw_only=True):
+    """A model that can be asked for.
+
+    Attributes:
+        id: its name.
+        created: when this server was started, in seconds since the epoch.
+        object, owned_by: as OpenAI's clients want them.
+        root: the first name of the same model.
+        max_model_len: longest prompt + answer in tokens.
+    """
+
+    id: str
+    created: int
+    root: str
+    max_model_len: int
+    object: str = "model"
+    owned_by: str = "folovllm"
+
+
+class ModelList(msgspec.Struct, kw_only=True):
+    """All names."""
+
+    data: list[ModelCard]
+    object: str = "list"
+
+
+class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A text or a conversation whose tokens are wanted; exactly one of `prompt` and `messages`."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    tools: list[Tool] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool | None = None
+
+
+class TokenizeAnswer(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """Token ids, their number, and where asked for their spelling in the vocabulary."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str | None] | None = None
+
+
+class DetokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Token ids whose text is wanted, special tokens included."""
+
+    tokens: list[int]
+    model: str | None = None
+
+
+class DetokenizeAnswer(msgspec.Struct, kw_only=True):
+    """The text."""
+
+    prompt: str
+
+
+class VersionAnswer(msgspec.Struct, kw_only=True):
+    """FoloVLLM's version."""
+
+    version: str
+
+
+class HealthAnswer(msgspec.Struct, kw_only=True):
+    """State of the server: "ready", "draining", "stuck" (the engine does not answer) or "dead"; why, if not ready."""
+
+    status: str
+    message: str = ""
