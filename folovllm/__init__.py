@@ -23,9 +23,10 @@ if TYPE_CHECKING:
         RequestFailedError,
     )
     from folovllm.common.sampling_params import SamplingParams
+    from folovllm.common.structured_outputs import StructuredOutputsParams
     from folovllm.frontend.async_llm import AsyncLLM
     from folovllm.frontend.llm import LLM
-    from folovllm.frontend.outputs import CompletionOutput, RequestOutput
+    from folovllm.frontend.outputs import CompletionOutput, Logprob, RequestOutput
 
 __version__ = "0.1.0"
 
@@ -37,11 +38,13 @@ __all__ = [
     "EngineDeadError",
     "EngineStartError",
     "FoloVLLMError",
+    "Logprob",
     "ModelError",
     "RequestError",
     "RequestFailedError",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "__version__",
 ]
 
@@ -50,6 +53,8 @@ _HOME_OF = {
     "LLM": "folovllm.frontend.llm",
     "AsyncLLM": "folovllm.frontend.async_llm",
     "SamplingParams": "folovllm.common.sampling_params",
+    "StructuredOutputsParams": "folovllm.common.structured_outputs",
+    "Logprob": "folovllm.frontend.outputs",
     "RequestOutput": "folovllm.frontend.outputs",
     "CompletionOutput": "folovllm.frontend.outputs",
     "FoloVLLMError": _ERRORS,
