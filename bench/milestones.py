@@ -1,24 +1,27 @@
-"""The figures of the first milestones, measured on the public API.
+"""The figures of the milestones, measured on the public API; `--only` chooses.
 
-Three of them; `--only` chooses.
+M1  one request: latency, against the least time that reading the weights takes
+M2  requests one by one against continuous batching, 1 to 64 of them; at 16 also against transformers' generate
+M3  KV memory: contiguous reservation against paged blocks
+M5  gaps between the tokens of running requests while a long prompt arrives: unchunked, fixed chunks, a target
+M6  reuse of prefixes: time to first token cold and warm, many requests that share one, a conversation
 
-    M1  one request: latency, against the least time that reading the weights takes
-    M2  requests one by one against continuous batching, 1 to 64 of them; at 16 also against transformers' generate
-    M3  KV memory: contiguous reservation against paged blocks
-
-    python -m bench.milestones            all three (minutes)
-    python -m bench.milestones --only M2
+python -m bench.milestones            all of them (half an hour)
+python -m bench.milestones --only M2
 """
 
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from bench import kv_memory, latency, plots
+from bench.chunked_prefill import m5
 from bench.common import machine, print_table, write_json
 from bench.hf_baseline import HFBaseline
+from bench.prefix_reuse import m6
 from bench.workload import Lengths, exactly, mixed_lengths, parser, random_prompts
 from folovllm import LLM
 from folovllm.common.model_config import read_model_config
@@ -210,11 +213,17 @@ def plot_m3(readings: list[kv_memory.Reading], lengths: list[Lengths], max_model
     plots.save(figure, "m3_kv_memory", quick=quick)
 
 
-MILESTONES = {"M1": m1, "M2": m2, "M3": m3}
+MILESTONES: dict[str, Callable[[argparse.Namespace, Sizes], dict[str, Any]]] = {
+    "M1": m1,
+    "M2": m2,
+    "M3": m3,
+    "M5": lambda arguments, _: m5(arguments),
+    "M6": lambda arguments, _: m6(arguments),
+}
 
 
 def main() -> None:
-    options = parser("Figures of milestones 1 to 3.")
+    options = parser("Figures of the milestones.")
     options.set_defaults(repeats=3)
     options.add_argument("--only", nargs="+", choices=sorted(MILESTONES), default=sorted(MILESTONES))
     options.add_argument("--kv-budget-mib", type=int, default=1024, help="M3: a fixed budget")
