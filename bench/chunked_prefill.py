@@ -96,8 +96,14 @@ async def _measure(arguments: argparse.Namespace, chosen: list[Setting], prompt_
     figures = {setting.name: Figures() for setting in chosen}
     for turn in range(arguments.repeats):
         for number, setting in enumerate(chosen):
-            options: EngineOptions = {"max_num_seqs": 16, "max_num_batched_tokens": 2048, **setting.options}
-            async with AsyncLLM(arguments.model, dtype=arguments.dtype, device=arguments.device, **options) as llm:
+            options: EngineOptions = {
+                "dtype": arguments.dtype,
+                "device": arguments.device,
+                "max_num_seqs": 16,
+                "max_num_batched_tokens": 2048,
+                **setting.options,
+            }
+            async with AsyncLLM(arguments.model, **options) as llm:
                 await one_round(
                     llm, prompt_len, arguments.seed + 1000 * turn, Figures()
                 )  # warm-up, and what a step costs
