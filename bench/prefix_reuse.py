@@ -52,7 +52,7 @@ def ttft(llm: LLM, prompt: list[int]) -> tuple[float, int]:
     """Seconds to the only token, and prompt tokens that were found."""
     start = time.perf_counter()
     (output,) = llm.generate([prompt], exactly(1), use_tqdm=False)
-    return time.perf_counter() - start, output.num_cached_tokens
+    return time.perf_counter() - start, output.num_cached_tokens or 0
 
 
 def shared_prefix(pair: Pair, size: Sizes, repeats: int) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def many_sharing(pair: Pair, size: Sizes, repeats: int) -> dict[str, Any]:
             outputs = llm.generate(prompts, exactly(size.output), use_tqdm=False)
             seconds[name].append(time.perf_counter() - start)
             if name == "cached":
-                rate = sum(output.num_cached_tokens for output in outputs) / sum(map(len, prompts))
+                rate = sum(output.num_cached_tokens or 0 for output in outputs) / sum(map(len, prompts))
     ratios = [plain / cached for plain, cached in zip(seconds["plain"], seconds["cached"], strict=True)]
     return {"seconds": seconds, "faster": statistics.median(ratios), "hit_rate": rate}
 
