@@ -30,6 +30,7 @@ from folovllm.common.messages.frontend_core import (
 )
 from folovllm.common.messages.lifecycle import PROTOCOL_VERSION, BadFrame, Hello
 from folovllm.common.transport import Decoder, encode
+from folovllm.core_proc.logprobs_route import NO_LOGPROBS, ClientLogprobs, RoutedLogprobs, logprobs_for
 from folovllm.core_proc.refusals import Refusals, receive_waiting
 from folovllm.core_proc.request import Request
 from folovllm.core_proc.scheduler import StepOutcome
@@ -40,6 +41,7 @@ _PING: Final = encode(Ping())
 _GIVEN_UP: Final = encode(
     EngineFailed(f"this frontend left {MAX_KEPT_FRAMES} messages of the engine unread; its requests were aborted")
 )
+_LONG_PROMPT_PARTS_BYTES = 8 * 2**20
 _TOKEN_ID_BYTES = 4
 _MAX_NAME_CHARACTERS = 32  # it is a peer's own, and goes into the log
 
@@ -99,10 +101,12 @@ class Frontends:
         self._deliver(frontend, encode(message))
 
     def send_outcome(self, outcome: StepOutcome) -> None:
-        """Tells each frontend what a step brought for it, in one message."""
+        """Tells each frontend what a step brought for it, in one message (long parts of prompts in more before it)."""
         finished = self._finished_by_client(outcome.finished)
         clients = outcome.clients
-        if len(clients) and clients[0] == clients.max() == clients.min():  # mostly one frontend: nothing to pick apart
+        if outcome.logprobs is not None:
+            self._send_with_logprobs(outcome, outcome.logprobs, finished)
+        elif len(clients) and clients[0] == clients.max() == clients.min():  # mostly one: nothing to pick apart
             self._send_outputs(int(clients[0]), outcome.numbers.tobytes(), outcome.token_ids.tobytes(), finished)
         else:
             for client in np.unique(clients).tolist():
@@ -163,13 +167,29 @@ class Frontends:
                 by_client.setdefault(request.client, []).append(finished_message(request))
         return by_client
 
+    def _send_with_logprobs(
+        self, outcome: StepOutcome, routed: RoutedLogprobs, finished: dict[int, list[FinishedRequest]]
+    ) -> None:
+        clients = {*outcome.clients.tolist(), *(client for client, _ in routed.prompts)}
+        for client in sorted(clients):
+            mine = outcome.clients == client
+            logprobs = logprobs_for(routed, client, mine)
+            numbers, token_ids = outcome.numbers[mine].tobytes(), outcome.token_ids[mine].tobytes()
+            self._send_outputs(client, numbers, token_ids, finished, logprobs)
+
     def _send_outputs(
-        self, client: int, numbers: bytes, token_ids: bytes, finished: dict[int, list[FinishedRequest]]
+        self,
+        client: int,
+        numbers: bytes,
+        token_ids: bytes,
+        finished: dict[int, list[FinishedRequest]],
+        logprobs: ClientLogprobs = NO_LOGPROBS,
     ) -> None:
         ended = finished.pop(client, [])
-        frontend = self._by_client.get(client)
-        if frontend is not None:
-            self.send(frontend, EngineCoreOutputs(numbers, token_ids, ended))
+        for message in _outputs(numbers, token_ids, ended, logprobs):
+            frontend = self._by_client.get(client)
+            if frontend is not None:
+                self.send(frontend, message)
 
     def _deliver(self, frontend: Frontend, frame: bytes) -> None:
         try:
@@ -198,6 +218,17 @@ class Frontends:
         logger.info("frontend %s %s; %d requests aborted", frontend.name, why, len(frontend.requests))
         self._orphans += frontend.requests.values()
         frontend.requests.clear()
+
+
+def _outputs(
+    numbers: bytes, token_ids: bytes, finished: list[FinishedRequest], logprobs: ClientLogprobs
+) -> list[EngineCoreOutputs]:
+    """One message; where parts of prompts are long, each in one of its own before it, since frames are bounded."""
+    prompts, before = logprobs.prompts, []
+    if sum(len(part.logprobs.token_ids) for part in prompts) > _LONG_PROMPT_PARTS_BYTES:
+        before = [EngineCoreOutputs(prompt_logprobs=[part]) for part in prompts]
+        prompts = []
+    return [*before, EngineCoreOutputs(numbers, token_ids, finished, [], logprobs.rows, logprobs.logprobs, prompts)]
 
 
 def finished_message(request: Request) -> FinishedRequest:

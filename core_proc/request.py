@@ -93,6 +93,7 @@ class Request:
         can_be_forked: its prompt is in the cache, confirmed: a child may share its blocks.
         block_hashes: names of its first full blocks, as far as they were needed (see `block_hash`).
         num_cached_tokens: prompt tokens taken over from shared blocks when it was first admitted.
+        num_prompt_logprobs: prompt tokens whose log probabilities were reported; the first, which has none, counts.
         num_preemptions: how often it was preempted.
         stop_token_id: the token of the stop set that ended it, the last of its output; None if none did.
         error: text for FINISHED_ERROR.
@@ -121,6 +122,7 @@ class Request:
     can_be_forked: bool = dataclasses.field(default=False, init=False)
     block_hashes: list[BlockHash] = dataclasses.field(default_factory=list, init=False, repr=False)
     num_cached_tokens: int = dataclasses.field(default=0, init=False)
+    num_prompt_logprobs: int = dataclasses.field(default=1, init=False)
     num_preemptions: int = dataclasses.field(default=0, init=False)
     stop_token_id: int | None = dataclasses.field(default=None, init=False)
     error: str = dataclasses.field(default="", init=False)

@@ -19,6 +19,7 @@ import numpy as np
 from folovllm.common.errors import ProtocolError, RequestError
 from folovllm.common.messages.core_worker import ModelRunnerOutput, NewRequest, SchedulerOutput
 from folovllm.core_proc.kv_cache_manager import BlockCopy, KVCacheManager
+from folovllm.core_proc.logprobs_route import RoutedLogprobs, check_logprobs, route_logprobs
 from folovllm.core_proc.request import Request, RequestStatus, Tokens
 from folovllm.core_proc.request_queue import RequestQueue
 from folovllm.core_proc.slot_table import Mask, Slots, SlotTable
@@ -39,12 +40,14 @@ class StepOutcome:
     Attributes:
         clients, numbers, token_ids: int32, parallel: each new confirmed token of a streaming request, and whose it is.
         finished: requests that ended in this step; a streaming one's last token is in `token_ids` too.
+        logprobs: those that belong to `token_ids` and to prompts; None if there are none.
     """
 
     clients: Tokens
     numbers: Tokens
     token_ids: Tokens
     finished: list[Request]
+    logprobs: RoutedLogprobs | None = None
 
 
 @dataclasses.dataclass(slots=True)
@@ -244,9 +247,10 @@ class Scheduler:
             rows = _integers(output.no_token_rows)
             failed = self._requests(slots[rows][lives[rows]])
             lives[rows] = False
+        logprobs = route_logprobs(output, step, slots, lives, self._table)
         if not lives.all():
             slots, token_ids = slots[lives], token_ids[lives]
-        outcome = self._confirm(slots, token_ids, now_s)
+        outcome = self._confirm(slots, token_ids, logprobs, now_s)
         outcome.finished.extend(self.finish_requests(failed, RequestStatus.FINISHED_ERROR, now_s, NO_TOKEN_LEFT))
         return outcome
 
@@ -468,6 +472,7 @@ class Scheduler:
         rows = _integers(output.no_token_rows)
         if rows.size and not (rows.min() >= 0 and rows.max() < token_ids.size):
             raise ProtocolError(f"step {step.step_id} has no_token_rows beyond its {token_ids.size} tokens")
+        check_logprobs(output, token_ids.size, step, self._table)
         self._in_flight.popleft()
         return step, token_ids
 
@@ -491,11 +496,11 @@ class Scheduler:
             self._kv.name_blocks(slot, chain, int(table.num_named[slot]), end)
             table.num_named[slot] = end
 
-    def _confirm(self, slots: Slots, token_ids: Tokens, now_s: float) -> StepOutcome:
+    def _confirm(self, slots: Slots, token_ids: Tokens, logprobs: RoutedLogprobs | None, now_s: float) -> StepOutcome:
         table = self._table
         num_output = table.confirm(slots, token_ids)
         self.counters.num_output_tokens += slots.size
-        outcome = self._streamed(slots, token_ids)
+        outcome = self._streamed(slots, token_ids, logprobs)
         self._first_tokens(slots[num_output == 1], now_s)
         stops = table.stops(slots, token_ids, num_output)
         ends = stops | (table.num_confirmed[slots] >= table.limit[slots])
@@ -509,11 +514,11 @@ class Scheduler:
             outcome.finished.append(request)
         return outcome
 
-    def _streamed(self, slots: Slots, token_ids: Tokens) -> StepOutcome:
+    def _streamed(self, slots: Slots, token_ids: Tokens, logprobs: RoutedLogprobs | None) -> StepOutcome:
         stream: Mask = self._table.stream[slots]
         if not stream.all():
             slots, token_ids = slots[stream], token_ids[stream]
-        return StepOutcome(self._table.client[slots], self._table.number[slots], token_ids, [])
+        return StepOutcome(self._table.client[slots], self._table.number[slots], token_ids, [], logprobs)
 
     def _first_tokens(self, slots: Slots, now_s: float) -> None:
         """The prompt of these slots is in the cache now: their children may go on."""

@@ -25,6 +25,7 @@ from folovllm.common.messages.frontend_core import (
 )
 from folovllm.common.messages.lifecycle import PROTOCOL_VERSION, BadFrame, Hello
 from folovllm.common.transport import Decoder, connect, encode, new_socket
+from tests.fakes.simulated_logprobs import Place, unpack
 
 BOUND_MS = 30_000
 
@@ -42,7 +43,7 @@ def make_request(number: int, prompt: list[int], max_tokens: int, **others: obje
 
 
 class FakeFrontend:
-    """One connection. What comes is sorted into `tokens`, `finished`, `rejected`, `bad_frames` and `failures`."""
+    """One connection. What comes is sorted into `tokens`, `logprobs`, `finished`, `rejected` and so on."""
 
     def __init__(self, endpoint: str, *, greet: bool = True) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -52,6 +53,8 @@ class FakeFrontend:
         self._decoder: Decoder[CoreToFrontend] = Decoder(CoreToFrontend)
         self._ticket = 0
         self.tokens: defaultdict[int, list[int]] = defaultdict(list)
+        self.logprobs: defaultdict[int, list[Place]] = defaultdict(list)
+        self.prompt_logprobs: defaultdict[int, list[Place]] = defaultdict(list)
         self.finished: dict[int, FinishedRequest] = {}
         self.rejected: dict[int, RejectedRequest] = {}
         self.bad_frames: list[str] = []
@@ -132,6 +135,11 @@ class FakeFrontend:
         for number, token_id in zip(numbers, token_ids, strict=True):
             assert number not in self.finished, f"a token for {number} after its end"
             self.tokens[number].append(token_id)
+        rows = np.frombuffer(outputs.logprob_rows, "<i4").tolist()
+        for row, place in zip(rows, unpack(outputs.logprobs), strict=True):
+            self.logprobs[numbers[row]].append(place)
+        for part in outputs.prompt_logprobs:
+            self.prompt_logprobs[part.number] += unpack(part.logprobs)
         for finished in outputs.finished:
             assert finished.number not in self.finished, f"{finished.number} ends twice"
             self.finished[finished.number] = finished

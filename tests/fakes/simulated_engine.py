@@ -10,9 +10,11 @@ from folovllm.common.config import SchedulingPolicy
 from folovllm.common.messages.core_worker import ModelRunnerOutput, SamplingRow, SchedulerOutput
 from folovllm.core_proc.block_pool import BlockPool
 from folovllm.core_proc.kv_cache_manager import KVCacheManager
+from folovllm.core_proc.logprobs_route import RoutedLogprobs
 from folovllm.core_proc.request import Request, RequestStatus
 from folovllm.core_proc.request_queue import RequestQueue
 from folovllm.core_proc.scheduler import ChunkBounds, Scheduler, StepOutcome
+from tests.fakes.simulated_logprobs import Place, places_of, unpack
 from tests.fakes.simulated_worker import SimulatedWorker, answer, int32, scheduled
 
 ALWAYS_WHOLE = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
@@ -59,6 +61,8 @@ class SimulatedEngine:
         self.in_flight: collections.deque[ModelRunnerOutput] = collections.deque()
         self.steps: list[SchedulerOutput] = []
         self.streamed: dict[tuple[int, int], list[int]] = collections.defaultdict(list)
+        self.logprobs: dict[tuple[int, int], list[Place]] = collections.defaultdict(list)
+        self.prompt_logprobs: dict[tuple[int, int], list[Place]] = collections.defaultdict(list)
         self.finished: list[Request] = []
         self.total_num_scheduled = 0
 
@@ -72,6 +76,8 @@ class SimulatedEngine:
             seed=options.pop("seed", first),
             min_tokens=options.pop("min_tokens", 0),
             stop_token_ids=int32(options.pop("stop_token_ids", [])),
+            logprobs=options.pop("logprobs", None),
+            prompt_logprobs=options.pop("prompt_logprobs", None),
         )
         answers: list[Request] = []
         for index in range(n):
@@ -123,8 +129,20 @@ class SimulatedEngine:
         rows = zip(outcome.clients.tolist(), outcome.numbers.tolist(), outcome.token_ids.tolist(), strict=True)
         for client, number, token_id in rows:
             self.streamed[client, number].append(token_id)
+        if outcome.logprobs is not None:
+            self._take_logprobs(outcome, outcome.logprobs)
         self.finished += outcome.finished
         return outcome
+
+    def _take_logprobs(self, outcome: StepOutcome, routed: RoutedLogprobs) -> None:
+        places = unpack(routed.logprobs)
+        for row, one in zip(routed.rows.tolist(), places, strict=True):
+            assert one.entries[0][0] == outcome.token_ids[row], "the chosen token is the reported one"
+            self.logprobs[int(outcome.clients[row]), int(outcome.numbers[row])].append(one)
+        for client, part in routed.prompts:
+            reported = self.prompt_logprobs[client, part.number]
+            assert part.start == len(reported) + 1, "parts of a prompt come in order, none twice"
+            reported += unpack(part.logprobs)
 
     def finish(
         self, requests: Sequence[Request], status: RequestStatus = RequestStatus.FINISHED_ABORTED, error: str = ""
@@ -169,9 +187,23 @@ class SimulatedEngine:
             assert request.stop_token_id == (output[-1] if stopped else None)
         else:
             assert output == expected[: len(output)], request.describe()
+        key = (request.client, request.number)
         if request.stream:
-            key = (request.client, request.number)
             assert self.streamed[key] == output, request.describe()
+        self._check_logprobs(request, output)
+
+    def _check_logprobs(self, request: Request, output: list[int]) -> None:
+        key, sampling = (request.client, request.number), request.sampling
+        prompt = request.prompt_token_ids.tolist()
+        tokens = prompt + output
+        places = [] if sampling.logprobs is None else places_of(tokens, len(prompt), len(tokens), sampling.logprobs)
+        assert self.logprobs[key] == (places if request.stream else []), request.describe()
+        reported = self.prompt_logprobs[key]
+        number = sampling.prompt_logprobs
+        expected = [] if number is None else places_of(prompt, 1, len(prompt), number)
+        assert reported == expected[: len(reported)], request.describe()
+        if output:
+            assert reported == expected, request.describe()
 
     def expected(self, request: Request) -> list[int]:
         num_prompt = request.num_prompt_tokens

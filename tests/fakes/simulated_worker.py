@@ -10,7 +10,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from folovllm.common.messages.core_worker import ModelRunnerOutput, NewRequest, SamplingRow, SchedulerOutput
+from folovllm.common.messages.core_worker import (
+    ModelRunnerOutput,
+    NewRequest,
+    PromptLogprobs,
+    SamplingRow,
+    SchedulerOutput,
+)
+from tests.fakes.simulated_logprobs import Place, pack, place, places_of
 
 VOCABULARY = 97
 VOID_TOKEN = VOCABULARY  # sampled from garbage; no answer may hold it
@@ -52,6 +59,7 @@ class Row:
     num_computed: int
     block_ids: list[int]
     sampling: SamplingRow
+    num_prompt: int
 
 
 class SimulatedWorker:
@@ -69,15 +77,36 @@ class SimulatedWorker:
         self.next_step_id += 1
         self._apply(step)
         counts = scheduled(step)
+        prompts = [part for row, (slot, count) in enumerate(counts) for part in self._prompt_logprobs(row, slot, count)]
         sampling_slots = [slot for slot, num_tokens in counts if self._compute(slot, num_tokens)]
-        tokens = []
+        tokens: list[int] = []
+        rows: list[int] = []
+        places: list[Place] = []
         for slot in sampling_slots:
             row = self.rows[slot]
             context = self._context(row)
             assert context == row.token_ids or _GARBAGE in context, "the blocks do not hold the slot's tokens"
             tokens.append(VOID_TOKEN if _GARBAGE in context else sample(row.token_ids, row.sampling))
+            if row.sampling.logprobs is not None:
+                rows.append(len(tokens) - 1)
+                places.append(place(row.token_ids, tokens[-1], row.sampling.logprobs))
             row.token_ids.append(tokens[-1])
-        return ModelRunnerOutput(step.step_id, int32(tokens))
+        return ModelRunnerOutput(
+            step.step_id,
+            int32(tokens),
+            logprob_rows=int32(rows),
+            logprobs=pack(places) if places else None,
+            prompt_logprobs=prompts,
+        )
+
+    def _prompt_logprobs(self, row: int, slot: int, num_tokens: int) -> list[PromptLogprobs]:
+        """Of the tokens that follow those that the step computes; to be called before they are."""
+        state = self.rows[slot]
+        start, end = state.num_computed + 1, min(state.num_computed + num_tokens + 1, state.num_prompt)
+        if state.sampling.prompt_logprobs is None or start >= end:
+            return []
+        places = places_of(state.token_ids, start, end, state.sampling.prompt_logprobs)
+        return [PromptLogprobs(row, start, pack(places))]
 
     def fail(self, step: SchedulerOutput) -> ModelRunnerOutput:
         """Counts the step as computed, as a real worker does, and leaves garbage where it would have written."""
@@ -102,7 +131,13 @@ class SimulatedWorker:
     def _take(self, new: NewRequest) -> None:
         assert new.num_computed_tokens < len(integers(new.token_ids)), "nothing left to compute"
         assert new.num_prompt_tokens <= len(integers(new.token_ids))
-        row = Row(integers(new.token_ids), new.num_computed_tokens, integers(new.block_ids), new.sampling)
+        row = Row(
+            integers(new.token_ids),
+            new.num_computed_tokens,
+            integers(new.block_ids),
+            new.sampling,
+            new.num_prompt_tokens,
+        )
         self.rows[new.slot] = row
 
     def _block(self, block: int) -> dict[int, int]:

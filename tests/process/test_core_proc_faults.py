@@ -7,10 +7,11 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import msgspec
 import psutil
 import pytest
 
-from folovllm.common.messages.core_worker import ModelRunnerOutput, SamplingRow
+from folovllm.common.messages.core_worker import ModelRunnerOutput, PromptLogprobs, SamplingRow
 from folovllm.common.messages.frontend_core import AddRequests, GetStats
 from folovllm.common.messages.lifecycle import PROTOCOL_VERSION, Failed, Hello
 from folovllm.common.transport import encode
@@ -18,6 +19,7 @@ from tests.fakes.core_engine import is_empty, running_core, wait_until_empty
 from tests.fakes.fake_frontend import FakeFrontend, make_request
 from tests.fakes.fake_parent import FakeParent
 from tests.fakes.fake_worker import FakeModel, Script, WorkerControl, expected_output
+from tests.fakes.simulated_logprobs import Place, pack
 
 GREEDY = SamplingRow()
 NUM_RANDOM_FRAMES = 1000
@@ -44,10 +46,10 @@ def random_frames(seed: int) -> Iterator[bytes]:
     for index in range(NUM_RANDOM_FRAMES):
         if index % 4:
             yield generator.randbytes(generator.randrange(200))
-        else:  # a message with one byte changed or with its end cut off
+        else:  # a message with one byte changed and its end cut off; cut by little it may be whole, thanks to defaults
             broken = bytearray(valid)
             broken[generator.randrange(8)] = generator.randrange(256)
-            yield bytes(broken[: generator.randrange(len(broken))])
+            yield bytes(broken[: generator.randrange(len(broken) - 8)])
 
 
 # ---- frontends -------------------------------------------------------------------------------------------------------
@@ -139,6 +141,27 @@ def test_answers_to_other_steps_or_of_the_wrong_length_are_refused(tmp_path: pat
         frontend.add(make_request(2, [1], 1))
         worker.next_step()
         assert len(worker.bad_frames) == 3
+
+
+def test_log_probabilities_are_passed_on_and_broken_ones_refused(tmp_path: pathlib.Path) -> None:
+    places = [Place([(5, -0.5), (6, -0.25)], 2)]
+    with controlled(tmp_path, pipeline_depth=1) as (_, frontend, worker):
+        sampling = SamplingRow(logprobs=1, prompt_logprobs=1)
+        frontend.add(make_request(1, [1, 2], 1, stream=True, sampling=sampling))
+        step = worker.next_step()
+        right = msgspec.structs.replace(
+            FakeModel(block_size=4).execute(step),
+            logprob_rows=b"\0\0\0\0",
+            logprobs=pack(places),
+            prompt_logprobs=[PromptLogprobs(0, 1, pack(places))],
+        )
+        worker.answer(msgspec.structs.replace(right, logprobs=pack(places * 2)))
+        worker.answer(msgspec.structs.replace(right, prompt_logprobs=[PromptLogprobs(0, 1, pack(places * 2))]))
+        worker.answer(right)
+        frontend.wait_for(1)
+        assert frontend.logprobs[1] == frontend.prompt_logprobs[1] == places
+        while len(worker.bad_frames) < 2:
+            worker.receive()
 
 
 def test_L25_a_failed_step_fails_its_requests_only(tmp_path: pathlib.Path) -> None:

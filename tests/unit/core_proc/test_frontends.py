@@ -1,5 +1,6 @@
 """Who is connected, what each is sent, and whose requests become orphans; the socket is a list of frames."""
 
+import dataclasses
 import itertools
 import pathlib
 
@@ -16,14 +17,18 @@ from folovllm.common.messages.frontend_core import (
     EngineFailed,
     GetStats,
     Ping,
+    RequestPromptLogprobs,
     Welcome,
 )
 from folovllm.common.messages.lifecycle import PROTOCOL_VERSION, BadFrame, Hello
 from folovllm.common.transport import bind, connect, encode, new_socket
 from folovllm.core_proc.frontends import Frontends
+from folovllm.core_proc.logprobs_route import RoutedLogprobs
 from folovllm.core_proc.request import Request, RequestStatus
 from folovllm.core_proc.scheduler import StepOutcome
 from tests.fakes.fake_router import FakeRouter
+from tests.fakes.simulated_logprobs import Place, pack, unpack
+from tests.fakes.simulated_worker import integers
 
 WELCOME = Welcome("m", 64, 100, 4, 10, 2, "fake", "float32", "0")
 HELLO = Hello("frontend", PROTOCOL_VERSION, 12, "peer")
@@ -197,6 +202,40 @@ def test_a_frontend_that_does_not_read_is_given_up_and_told_so_when_it_does(
     assert "8192 messages of the engine unread" in message.message
     frontends.ping(3.0)
     assert router.take() == [(b"b", Ping())]
+
+
+def test_log_probabilities_go_to_those_they_are_for(router: FakeRouter, frontends: Frontends) -> None:
+    places = [Place([(50, -1.0)], 1), Place([(51, -2.0), (9, -0.5)], 2)]
+    part = RequestPromptLogprobs(8, 1, pack(places))
+    routed = RoutedLogprobs(np.array([1, 2], np.int32), pack(places), [(1, part), (7, part)])
+    tokens = outcome((0, 4, 40), (0, 5, 50), (1, 5, 51))
+    frontends.send_outcome(dataclasses.replace(tokens, logprobs=routed))
+    sent = dict(router.take())
+    first, second = sent[b"a"], sent[b"b"]
+    assert isinstance(first, EngineCoreOutputs)
+    assert isinstance(second, EngineCoreOutputs)
+    assert (tokens_of(first), integers(first.logprob_rows)) == ([(4, 40), (5, 50)], [1])
+    assert (tokens_of(second), integers(second.logprob_rows)) == ([(5, 51)], [0])
+    assert (unpack(first.logprobs), first.prompt_logprobs) == (places[:1], [])
+    assert (unpack(second.logprobs), second.prompt_logprobs) == (places[1:], [part])
+
+
+def test_parts_of_prompts_come_without_tokens_and_long_ones_one_by_one(
+    router: FakeRouter, frontends: Frontends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = [RequestPromptLogprobs(number, 1, pack([Place([(1, -1.0)], 1)])) for number in (3, 4)]
+    routed = RoutedLogprobs(np.empty(0, np.int32), None, [(0, part) for part in parts])
+    ended = end(add_request(router, frontends, b"a", 9))
+    frontends.send_outcome(dataclasses.replace(outcome(), logprobs=routed))
+    ((_, message),) = router.take()
+    assert isinstance(message, EngineCoreOutputs)
+    assert message.prompt_logprobs == parts
+    monkeypatch.setattr("folovllm.core_proc.frontends._LONG_PROMPT_PARTS_BYTES", 4)
+    frontends.send_outcome(dataclasses.replace(outcome((0, 3, 30), finished=[ended]), logprobs=routed))
+    messages = [message for _, message in router.take() if isinstance(message, EngineCoreOutputs)]
+    assert [message.prompt_logprobs for message in messages] == [[parts[0]], [parts[1]], []]
+    assert [len(message.finished) for message in messages] == [0, 0, 1]
+    assert tokens_of(messages[-1]) == [(3, 30)]
 
 
 @pytest.mark.parametrize("is_gone", [True, False])

@@ -69,6 +69,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         stream=st.booleans(),
         cache_salt=st.sampled_from(["", "", "tenant"]),
         skip_reading=st.sampled_from([False, False, True]),
+        logprobs=st.sampled_from([None, None, 0, 2]),
+        prompt_logprobs=st.sampled_from([None, None, None, 1]),
     )
     def add(
         self,
@@ -81,6 +83,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         stream: bool,
         cache_salt: str,
         skip_reading: bool,
+        logprobs: int | None,
+        prompt_logprobs: int | None,
     ) -> None:
         engine = self.engine
         try:
@@ -95,6 +99,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                 stream=stream,
                 cache_salt=cache_salt,
                 skip_reading_prefix_cache=skip_reading,
+                logprobs=logprobs,
+                prompt_logprobs=prompt_logprobs,
             )
         except RequestError:
             assert len(prompt) > engine.manager.capacity_tokens
