@@ -111,6 +111,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             )
         if self.stop_list() and not self.detokenize:
             raise RequestError("stop needs the answer's text: detokenize=False does not go with it", "stop")
+        if self.prompt_logprobs is not None and self.skip_reading_prefix_cache is False:
+            raise RequestError(
+                "prompt_logprobs need the whole prompt computed: skip_reading_prefix_cache=False does not go with them",
+                "skip_reading_prefix_cache",
+            )
 
     def stop_list(self) -> list[str]:
         """`stop` as a list, whichever of its three forms was given."""

@@ -8,7 +8,7 @@ import asyncio
 import os
 import time
 import weakref
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from types import TracebackType
 from typing import Unpack
 
@@ -95,12 +95,20 @@ class AsyncLLM:
 
     async def get_stats(self) -> EngineStats:
         """The engine's state now. Raises EngineDeadError if it has ended or does not answer within 10 seconds."""
+        return await self._ask(self._open.client.ask_stats)
+
+    async def reset_prefix_cache(self) -> bool:
+        """As `LLM.reset_prefix_cache`."""
+        return (await self._ask(self._open.client.reset_prefix_cache)).num_cached_blocks == 0
+
+    async def _ask(self, send: Callable[[int], None]) -> EngineStats:
+        """Sends a question with a ticket and waits for the statistics that echo it."""
         loop = self._attach()
         ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
         future: asyncio.Future[EngineStats] = loop.create_future()
         self._stats[ticket] = future
         try:
-            self._open.client.ask_stats(ticket)
+            send(ticket)
             loop.call_soon(self._receive)
             return await asyncio.wait_for(future, _STATS_TIMEOUT_S)
         except TimeoutError as error:
@@ -119,7 +127,7 @@ class AsyncLLM:
         """Answers one prompt bit by bit. A consumer that is cancelled, or closes the generator, aborts the request.
 
         Args:
-            prompt: a text, a list of token ids, `{"prompt": …}` or `{"prompt_token_ids": …}`.
+            prompt: as for `LLM.generate`, but one.
             sampling_params: None takes the model's defaults.
             request_id: name of the request for logs, output and `abort`; need not be unique. None takes a number.
             priority: lower runs first where the scheduling policy is "priority".

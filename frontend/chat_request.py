@@ -11,12 +11,13 @@ Conversation = Sequence[Message]
 
 
 class ChatOptions(TypedDict, total=False):
-    """How a conversation becomes a prompt; see `ChatTemplate.render`."""
+    """How a conversation becomes a prompt; see `ChatTemplate.render`. cache_salt: as in `TextPrompt`."""
 
     add_generation_prompt: bool
     continue_final_message: bool
     tools: Sequence[Mapping[str, Any]] | None
     chat_template_kwargs: Mapping[str, Any] | None
+    cache_salt: str | None
 
 
 def render(chat: ChatTemplate | None, messages: Conversation, options: ChatOptions) -> RenderedChat:
@@ -38,7 +39,7 @@ def render(chat: ChatTemplate | None, messages: Conversation, options: ChatOptio
         tools=options.get("tools"),
         **variables,
     )
-    return RenderedChat(text)
+    return RenderedChat(text, options.get("cache_salt"))
 
 
 def render_many(

@@ -23,6 +23,7 @@ from folovllm.common.messages.frontend_core import (
     FrontendToCore,
     GetStats,
     Ping,
+    ResetPrefixCache,
     Welcome,
 )
 from folovllm.common.messages.lifecycle import PROTOCOL_VERSION, BadFrame, Hello
@@ -130,6 +131,10 @@ class CoreClient:
     def ask_stats(self, ticket: int) -> None:
         """Asks for EngineStats, which come with `receive` and echo the ticket."""
         self._send(GetStats(ticket))
+
+    def reset_prefix_cache(self, ticket: int) -> None:
+        """Has the core forget what is cached; EngineStats that echo the ticket come once it has."""
+        self._send(ResetPrefixCache(ticket))
 
     def receive(self, timeout_s: float | None = None) -> list[Received]:
         """Waits until something comes; empty if nothing did in time. Raises EngineDeadError once the core ends."""

@@ -1,37 +1,44 @@
 """What a caller gives (prompts, sampling parameters) → checked, resolved requests; nothing is sent here.
 
-Resolved once, here: the prompt's ids; defaults of the model; the stop set (end-of-sequence ids, stop_token_ids, and
-stop strings that are one special token's text); max_tokens against the model's length; the seed, drawn where none is
-given, so that a request that is computed again goes on exactly as it would have.
+Resolved once, here: the prompt's ids, truncated where asked; defaults of the model; the stop set (end-of-sequence ids,
+stop_token_ids, and stop strings that are one special token's text); max_tokens against the model's length; the seed,
+drawn where none is given, so that a request that is computed again goes on exactly as it would have.
 """
 
 import dataclasses
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from folovllm.common.errors import RequestError
 from folovllm.common.messages.core_worker import SamplingRow
 from folovllm.common.messages.frontend_core import EngineCoreRequest
-from folovllm.common.sampling_params import GREEDY_TEMPERATURE, SamplingParams
+from folovllm.common.sampling_params import SamplingParams
 from folovllm.frontend import int32
 from folovllm.frontend.detokenizer import stop_strings_by_token
 from folovllm.frontend.generation_defaults import ModelDefaults
+from folovllm.frontend.sampling_row import check_known, prompt_only_row, sampling_row
 from folovllm.frontend.tokenizer import Tokenizer
 
 _PRIORITY_LIMIT = 2**31
+MAX_CACHE_SALT_CHARACTERS = 256
+# Log probabilities of one prompt, all alternatives counted: 32 MiB in the message that brings them at the latest
+# together, below the bound on frames by eight times; as `Logprob` objects about 500 MB.
+MAX_PROMPT_LOGPROBS = 2**22
 
 
 class TextPrompt(TypedDict):
-    """A prompt as text."""
+    """A prompt as text. cache_salt: only requests with the same one share what is computed of their prompts."""
 
     prompt: str
+    cache_salt: NotRequired[str]
 
 
 class TokensPrompt(TypedDict):
-    """A prompt as token ids; nothing is put in front of them."""
+    """A prompt as token ids; nothing is put in front of them. cache_salt: as for TextPrompt."""
 
     prompt_token_ids: Sequence[int]
+    cache_salt: NotRequired[str]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,6 +46,7 @@ class RenderedChat:
     """A conversation as the chat template wrote it, special tokens included: the tokenizer adds none."""
 
     text: str
+    cache_salt: str | None = None
 
 
 Prompt = str | Sequence[int] | TextPrompt | TokensPrompt | RenderedChat
@@ -80,6 +88,7 @@ class Request:
         stop: what ends an answer.
         max_tokens: most output tokens of an answer, the model's length counted in; 0 asks for nothing to be generated.
         priority: lower runs first, where the engine's policy is "priority".
+        cache_salt: only requests with the same one share cached blocks.
     """
 
     request_id: str
@@ -90,18 +99,30 @@ class Request:
     stop: StopRules
     max_tokens: int
     priority: int = 0
+    cache_salt: str = ""
+
+    @property
+    def reports_logprobs(self) -> bool:
+        """Whether the core must report every step, as log probabilities come with their tokens alone."""
+        return self.params.logprobs is not None or self.params.prompt_logprobs is not None
 
     def for_core(self, number: int, *, stream: bool) -> EngineCoreRequest:
         """The message that asks the core to answer it."""
+        params = self.params
+        generates = self.max_tokens > 0  # else only the prompt's log probabilities are wanted
         return EngineCoreRequest(
             number=number,
             request_id=self.request_id,
             prompt_token_ids=int32.pack(self.prompt_token_ids),
             sampling=self.sampling,
-            max_tokens=self.max_tokens,
-            n=self.params.n,
+            max_tokens=max(1, self.max_tokens),
+            n=params.n,
             priority=self.priority,
             stream=stream,
+            timeout_s=params.timeout_s,
+            grammar=params.structured_outputs.to_grammar() if params.structured_outputs and generates else None,
+            cache_salt=self.cache_salt,
+            skip_reading_prefix_cache=bool(params.skip_reading_prefix_cache) or params.prompt_logprobs is not None,
         )
 
 
@@ -147,17 +168,22 @@ class InputProcessor:
             priority: lower runs first.
         """
         params = self._checked_params(params)
-        text, ids = self._prompt_ids(prompt)
+        given, salt = _unwrapped(prompt)
+        text, ids = self._prompt_ids(given, rendered=isinstance(prompt, RenderedChat))
+        ids = self._truncated(ids, params)
         stop = self._stop_rules(params)
+        max_tokens = self._max_tokens(params, len(ids))
+        self._check_prompt_logprobs(params.prompt_logprobs, len(ids))
         return Request(
             request_id=request_id,
             prompt=text,
             prompt_token_ids=ids,
             params=params,
-            sampling=self._sampling_row(params, stop),
+            sampling=self._sampling_row(params, stop, generates=max_tokens > 0),
             stop=stop,
-            max_tokens=self._max_tokens(params, len(ids)),
+            max_tokens=max_tokens,
             priority=_checked_priority(priority),
+            cache_salt=salt,
         )
 
     def process_many(
@@ -198,9 +224,7 @@ class InputProcessor:
             )
         return params
 
-    def _prompt_ids(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        rendered = isinstance(prompt, RenderedChat)
-        given = prompt.text if isinstance(prompt, RenderedChat) else _unwrapped(prompt)
+    def _prompt_ids(self, given: Any, *, rendered: bool) -> tuple[str | None, list[int]]:
         if not isinstance(given, str):
             return None, _checked_ids(given, self._num_ids)
         if not given:
@@ -212,6 +236,31 @@ class InputProcessor:
             raise RequestError(f"the tokenizer makes no token of prompt {given[:80]!r}", "prompt")
         return given, ids
 
+    def _truncated(self, ids: list[int], params: SamplingParams) -> list[int]:
+        """The end of the prompt, where the request allows its beginning to be cut off."""
+        keep = params.truncate_prompt_tokens
+        if keep is None:
+            return ids
+        longest = self._max_model_len - 1
+        if keep > longest:
+            raise RequestError(
+                f"truncate_prompt_tokens={keep} must be -1 or lie between 1 and {longest} (max_model_len - 1)",
+                "truncate_prompt_tokens",
+            )
+        return ids[-keep:] if keep > 0 else ids[-max(1, self._max_model_len - max(1, params.min_tokens)) :]
+
+    def _check_prompt_logprobs(self, asked: int | None, num_prompt_tokens: int) -> None:
+        if asked is None:
+            return
+        each = 1 + (self._num_ids if asked == -1 else asked)
+        total = (num_prompt_tokens - 1) * each
+        if total > MAX_PROMPT_LOGPROBS:
+            raise RequestError(
+                f"prompt_logprobs={asked} of {num_prompt_tokens} tokens are {total} log probabilities; at most "
+                f"{MAX_PROMPT_LOGPROBS} are allowed for one prompt",
+                "prompt_logprobs",
+            )
+
     def _stop_rules(self, params: SamplingParams) -> StopRules:
         strings = params.stop_list()
         if strings and self._tokenizer is None:
@@ -220,12 +269,7 @@ class InputProcessor:
         if strings and self._tokenizer is not None:
             by_token = stop_strings_by_token(self._tokenizer, strings, params.skip_special_tokens)
         user_ids = params.stop_token_ids or []
-        for i, token_id in enumerate(user_ids):
-            if token_id >= self._num_ids:
-                raise RequestError(
-                    f"stop_token_ids[{i}]={token_id} is no token of this model: ids are 0 to {self._num_ids - 1}",
-                    "stop_token_ids",
-                )
+        check_known("stop_token_ids", user_ids, self._num_ids)
         eos = () if params.ignore_eos else self._defaults.eos_token_ids
         return StopRules(
             token_ids=tuple(dict.fromkeys([*(i for i in eos if i < self._num_ids), *user_ids, *by_token])),
@@ -234,23 +278,21 @@ class InputProcessor:
             strings=tuple(text for text in strings if text not in by_token.values()),
         )
 
-    def _sampling_row(self, params: SamplingParams, stop: StopRules) -> SamplingRow:
+    def _sampling_row(self, params: SamplingParams, stop: StopRules, *, generates: bool) -> SamplingRow:
+        if params.structured_outputs is not None and self._tokenizer is None:
+            raise RequestError(
+                "this model has no tokenizer: its answers have no text to constrain", "structured_outputs"
+            )
         seed = self._seeds.getrandbits(64) - 2**63 if params.seed is None else params.seed
-        stop_ids = int32.pack(stop.token_ids)
-        defaults = self._defaults
-        temperature = defaults.temperature if params.temperature is None else params.temperature
-        if temperature < GREEDY_TEMPERATURE:  # also keeps a tiny temperature from overflowing
-            return SamplingRow(seed=seed, min_tokens=params.min_tokens, stop_token_ids=stop_ids)
-        top_k = defaults.top_k if params.top_k is None else params.top_k
-        return SamplingRow(
-            temperature=float(temperature),
-            top_k=top_k if 0 < top_k < self._num_ids else 0,
-            top_p=float(defaults.top_p if params.top_p is None else params.top_p),
-            min_p=float(defaults.min_p if params.min_p is None else params.min_p),
+        row = sampling_row(
+            params,
+            self._defaults,
             seed=seed,
-            min_tokens=params.min_tokens,
-            stop_token_ids=stop_ids,
+            stop_token_ids=stop.token_ids,
+            tokenizer=self._tokenizer,
+            num_ids=self._num_ids,
         )
+        return row if generates else prompt_only_row(seed, params.prompt_logprobs, self._num_ids)
 
     def _max_tokens(self, params: SamplingParams, num_prompt_tokens: int) -> int:
         room = self._max_model_len - num_prompt_tokens
@@ -295,21 +337,35 @@ def _one_each(given: Any, count: int, name: str, kind: type) -> Sequence[Any]:
     return given
 
 
-def _unwrapped(prompt: Any) -> Any:
+def _unwrapped(prompt: Any) -> tuple[Any, str]:
+    """What the prompt is, text or ids, and its cache salt."""
+    if isinstance(prompt, RenderedChat):
+        return prompt.text, _checked_salt(prompt.cache_salt)
     if not isinstance(prompt, Mapping):
-        return prompt
-    keys = set(prompt)
+        return prompt, ""
+    keys = set(prompt) - {"cache_salt"}
     if keys not in ({"prompt"}, {"prompt_token_ids"}):
         shown = ", ".join(sorted(str(key)[:40] for key in keys)) or "none"
         raise RequestError(
-            f"a prompt dict has either prompt or prompt_token_ids, and nothing else; got {shown}", "prompt"
+            f"a prompt dict has either prompt or prompt_token_ids, and perhaps cache_salt; got {shown}", "prompt"
         )
-    (value,) = prompt.values()
-    if keys == {"prompt"} and not isinstance(value, str):
+    (key,) = keys
+    value = prompt[key]
+    if key == "prompt" and not isinstance(value, str):
         raise RequestError(f"prompt must be a string, not {type(value).__name__}", "prompt")
-    if keys == {"prompt_token_ids"} and isinstance(value, str):
+    if key == "prompt_token_ids" and isinstance(value, str):
         raise RequestError("prompt_token_ids must be a list of token ids, not str", "prompt_token_ids")
-    return value
+    return value, _checked_salt(prompt.get("cache_salt"))
+
+
+def _checked_salt(salt: Any) -> str:
+    if salt is None:
+        return ""
+    if not isinstance(salt, str) or not 0 < len(salt) <= MAX_CACHE_SALT_CHARACTERS or not salt.isprintable():
+        raise RequestError(
+            f"cache_salt must be a string of 1 to {MAX_CACHE_SALT_CHARACTERS} printable characters", "cache_salt"
+        )
+    return salt
 
 
 def _checked_ids(ids: Any, num_ids: int) -> list[int]:

@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Unpack
 
@@ -116,10 +116,25 @@ class LLM:
         Raises:
             EngineDeadError: the engine has ended, or does not answer within 10 seconds.
         """
+        return self._ask(self._open.client.ask_stats)
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets what is cached of prompts and answers; requests in work keep their blocks, which nobody finds more.
+
+        Returns:
+            Whether nothing is cached now. Requests in work soon change that.
+
+        Raises:
+            EngineDeadError: the engine has ended, or does not answer within 10 seconds.
+        """
+        return self._ask(self._open.client.reset_prefix_cache).num_cached_blocks == 0
+
+    def _ask(self, send: Callable[[int], None]) -> EngineStats:
+        """Sends a question with a ticket and waits for the statistics that echo it."""
         with self._lock:
             self._check_open()
             ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
-            self._open.client.ask_stats(ticket)
+            send(ticket)
             deadline = time.monotonic() + _STATS_TIMEOUT_S
             while ticket not in self._stats:
                 left = deadline - time.monotonic()
@@ -141,7 +156,8 @@ class LLM:
         All prompts are checked before any is sent. A call that raises, or is interrupted, leaves nothing in the engine.
 
         Args:
-            prompts: one prompt or a list: a text, a list of token ids, `{"prompt": …}` or `{"prompt_token_ids": …}`.
+            prompts: one prompt or a list: a text, a list of token ids, `{"prompt": …}` or `{"prompt_token_ids": …}`;
+                the dicts may hold a `"cache_salt"`: only requests with the same one share what is cached of prompts.
             sampling_params: for all, or one for each; None takes the model's defaults.
             use_tqdm: show a progress bar on stderr.
             priority: for all, or one for each; lower runs first where the scheduling policy is "priority".
@@ -190,7 +206,7 @@ class LLM:
             priority: as for `generate`.
             template: `add_generation_prompt` (True), `continue_final_message` (False), `tools` (None),
                 `chat_template_kwargs` (None): further variables of the model's chat template, as
-                `{"enable_thinking": False}`.
+                `{"enable_thinking": False}`; `cache_salt` (None): as in a prompt of `generate`.
 
         Returns:
             One output per conversation, in order; `prompt` is the rendered conversation.

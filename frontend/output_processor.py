@@ -1,8 +1,8 @@
 """What the core reports → the callers' RequestOutputs. Pure: time is an argument, nothing is sent.
 
-A request that streams, or has stop strings to be searched for, is reported token by token and detokenized as it goes;
-every other one is reported once, at its end, and detokenized at once. Deltas are not made per step but when the caller
-takes them, so a slow caller gets fewer, longer ones, and nothing piles up.
+A request that streams, has stop strings to be searched for or wants log probabilities is reported token by token and
+detokenized as it goes; every other one is reported once, at its end, and detokenized at once. Deltas are not made per
+step but when the caller takes them, so a slow caller gets fewer, longer ones, and nothing piles up.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,12 +12,17 @@ from folovllm.common.messages.frontend_core import EngineCoreOutputs, FinishedRe
 from folovllm.frontend import int32
 from folovllm.frontend.detokenizer import Detokenizer, whole_text
 from folovllm.frontend.input_processor import Request
-from folovllm.frontend.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from folovllm.frontend.logprobs import TokenLogprobs, places
+from folovllm.frontend.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from folovllm.frontend.tokenizer import Tokenizer
 
 
 class Answer:
-    """One of the `n` answers to a request, as far as it is known."""
+    """One of the `n` answers to a request, as far as it is known.
+
+    Attributes:
+        logprobs: parallel to token_ids; None where none were asked for.
+    """
 
     def __init__(self, index: int, request: Request, tokenizer: Tokenizer | None, by_token: bool) -> None:
         self.index = index
@@ -25,7 +30,8 @@ class Answer:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self._request = request
-        self._tokenizer = tokenizer
+        self._tokenizer = tokenizer if request.params.detokenize else None
+        self.logprobs = None if request.params.logprobs is None else TokenLogprobs(self._tokenizer)
         self._detokenizer = self._make_detokenizer() if by_token else None
         self._text: list[str] = []
         self._taken_tokens = 0
@@ -46,6 +52,14 @@ class Answer:
 
     def push(self, token_ids: list[int], *, ends_with_stop_token: bool) -> bool:
         """Takes tokens of a request that is reported token by token; True if a stop string now ended the answer."""
+        stopped = self._push(token_ids, ends_with_stop_token)
+        if self.logprobs is not None:
+            self.logprobs.cut(len(self.token_ids))
+        return stopped
+
+    def _push(self, token_ids: list[int], ends_with_stop_token: bool) -> bool:
+        if self._request.max_tokens == 0:  # the token that comes with a prompt's log probabilities
+            return False
         if self._detokenizer is None:
             self.token_ids += token_ids
             return False
@@ -88,6 +102,8 @@ class Answer:
             index=self.index,
             text="".join(self._text),
             token_ids=self.token_ids,
+            cumulative_logprob=None if self.logprobs is None else self.logprobs.cumulative,
+            logprobs=None if self.logprobs is None else self.logprobs.made(),
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
         )
@@ -103,6 +119,8 @@ class Answer:
             index=self.index,
             text=text,
             token_ids=self.token_ids[self._taken_tokens :],
+            cumulative_logprob=None if self.logprobs is None else self.logprobs.cumulative,
+            logprobs=None if self.logprobs is None else self.logprobs.made()[self._taken_tokens :],
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
         )
@@ -119,6 +137,7 @@ class RequestState:
         first_number: the core's number of answer 0.
         by_token: whether the core is to report every token.
         answers: by index.
+        prompt_logprobs: of the prompt's tokens but the first; None where none were asked for.
         error: why the request was refused or failed.
     """
 
@@ -134,8 +153,11 @@ class RequestState:
     ) -> None:
         self.request = request
         self.first_number = first_number
-        self.by_token = stream or bool(request.stop.strings)
+        self.by_token = stream or bool(request.stop.strings) or request.reports_logprobs
         self.answers = [Answer(i, request, tokenizer, self.by_token) for i in range(request.params.n)]
+        wanted = request.params.prompt_logprobs is not None
+        self.prompt_logprobs = TokenLogprobs(tokenizer if request.params.detokenize else None) if wanted else None
+        self._prompt_logprobs_taken = False
         self.metrics = RequestMetrics(arrival_time=now)
         self.error: FoloVLLMError | None = None
         self._on_news = on_news
@@ -175,20 +197,30 @@ class RequestState:
 
     def whole(self) -> RequestOutput:
         """The request with everything that is known. Raises the request's error."""
-        return self._output([answer.whole() for answer in self.answers])
+        return self._output([answer.whole() for answer in self.answers], self._all_prompt_logprobs())
 
     def take_delta(self) -> RequestOutput | None:
         """What is new since the last call, None if nothing is. Raises the request's error."""
         deltas = [delta for answer in self.answers if (delta := answer.take_delta()) is not None]
-        return self._output(deltas) if deltas or self.error else None
+        if not (deltas or self.error):
+            return None
+        new = None if self._prompt_logprobs_taken else self._all_prompt_logprobs()  # complete before the first token
+        self._prompt_logprobs_taken = True
+        return self._output(deltas, new)
 
-    def _output(self, outputs: list[CompletionOutput]) -> RequestOutput:
+    def _all_prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
+        return None if self.prompt_logprobs is None else [None, *self.prompt_logprobs.made()]
+
+    def _output(
+        self, outputs: list[CompletionOutput], prompt_logprobs: list[dict[int, Logprob] | None] | None
+    ) -> RequestOutput:
         if self.error is not None:
             raise self.error
         return RequestOutput(
             request_id=self.request.request_id,
             prompt=self.request.prompt,
             prompt_token_ids=self.request.prompt_token_ids,
+            prompt_logprobs=prompt_logprobs,
             outputs=outputs,
             finished=self.finished,
             num_cached_tokens=self._num_cached_tokens,
@@ -216,7 +248,7 @@ class OutputProcessor:
         now: float,
         on_news: Callable[[], None] | None = None,
     ) -> RequestState:
-        """Takes over a request that is about to be sent; one that asks for no token is finished at once.
+        """Takes over a request that is about to be sent; one that asks for nothing to be computed is finished at once.
 
         Args:
             request: to be answered.
@@ -226,7 +258,7 @@ class OutputProcessor:
             on_news: called whenever there is something to take.
         """
         state = RequestState(request, first_number, self._tokenizer, stream=stream, now=now, on_news=on_news)
-        if request.max_tokens == 0:
+        if request.max_tokens == 0 and state.prompt_logprobs is None:
             for answer in state.answers:
                 answer.end("length")
             state.note_end(None, now)
@@ -243,6 +275,7 @@ class OutputProcessor:
         ended = {entry.number: entry for entry in outputs.finished}
         touched: dict[int, RequestState] = {}
         to_abort = []
+        self._take_logprobs(outputs)
         for number, token_ids in _by_number(outputs).items():
             if number not in self.live:
                 continue
@@ -265,6 +298,20 @@ class OutputProcessor:
                 to_abort += self.forget(state)  # one failed answer fails its request
             state.news()
         return [state for state in touched.values() if state.finished], to_abort
+
+    def _take_logprobs(self, outputs: EngineCoreOutputs) -> None:
+        """Hands them to their answers, before the tokens that they belong to."""
+        for part in outputs.prompt_logprobs:
+            state, _ = self.live.get(part.number, (None, None))
+            if state is not None and state.prompt_logprobs is not None:
+                state.prompt_logprobs.extend(part.start - 1, places(part.logprobs))
+        if outputs.logprobs is None:
+            return
+        numbers = int32.unpack(outputs.numbers)
+        for row, place in zip(int32.unpack(outputs.logprob_rows), places(outputs.logprobs), strict=True):
+            _, answer = self.live.get(numbers[row], (None, None))
+            if answer is not None and answer.logprobs is not None:
+                answer.logprobs.append(place)
 
     def _end_all(self, finished: Iterable[FinishedRequest], now: float) -> dict[int, RequestState]:
         touched = {}

@@ -150,7 +150,7 @@ def _for_chat(params: "SamplingParams", llm: "LLM") -> "SamplingParams":
 
     from folovllm.common.sampling_params import SamplingParams
 
-    neutral = SamplingParams(temperature=1.0, top_k=-1, top_p=1.0, min_p=0.0)
+    neutral = SamplingParams(temperature=1.0, top_k=-1, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
     chosen = (params.temperature, params.top_k, params.top_p, params.min_p)
     if llm.get_default_sampling_params() != neutral or chosen != (None, None, None, None):
         return params

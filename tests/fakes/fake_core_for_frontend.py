@@ -9,15 +9,17 @@ import argparse
 import os
 import pathlib
 import signal
+import struct
 import threading
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
+import msgspec
 import zmq
 
 from folovllm.common.child_process import ParentWatch
-from folovllm.common.messages.core_worker import SamplingRow
+from folovllm.common.messages.core_worker import Logprobs, SamplingRow
 from folovllm.common.messages.frontend_core import (
     AbortRequests,
     AddRequests,
@@ -27,9 +29,12 @@ from folovllm.common.messages.frontend_core import (
     EngineFailed,
     EngineStats,
     FinishedRequest,
+    FinishReason,
     FrontendToCore,
     GetStats,
     RejectedRequest,
+    RequestPromptLogprobs,
+    ResetPrefixCache,
     Welcome,
 )
 from folovllm.common.messages.lifecycle import (
@@ -58,8 +63,23 @@ def echo(request: EngineCoreRequest, index: int) -> Sequence[int]:
     return repeated[index:]
 
 
+def logprobs_of(token_ids: Sequence[int], num_top: int) -> Logprobs:
+    """Made up, told apart by token: token t has -t/1000 and rank 2, its alternatives are t+1, t+2, … at -1, -2, …"""
+    entries = [[(t, -t / 1000), *((t + i, -float(i)) for i in range(1, num_top + 1))] for t in token_ids]
+    flat = [entry for place in entries for entry in place]
+    return Logprobs(
+        counts=int32.pack([len(place) for place in entries]),
+        token_ids=int32.pack([token_id for token_id, _ in flat]),
+        values=struct.pack(f"<{len(flat)}f", *(value for _, value in flat)),
+        ranks=int32.pack([2] * len(entries)),
+    )
+
+
 class FakeCore:
     """Serves on an ipc endpoint from a thread; one token per live answer and round.
+
+    A request with log probabilities gets those of `logprobs_of`. One with a time limit has run out of time after its
+    first token.
 
     Attributes:
         endpoint: where it listens.
@@ -67,6 +87,7 @@ class FakeCore:
         aborted: numbers that were aborted.
         live: (identity, number) of answers in work.
         reject: what to refuse: called with a request, returns a rejection or None.
+        num_cached_blocks: what statistics say; a reset puts it to 0.
         gate: while cleared, no token is made; `steps` counts rounds that made tokens.
     """
 
@@ -84,6 +105,7 @@ class FakeCore:
         self.changed = threading.Condition()
         self.die_on_request = False
         self.refuse_hello = ""
+        self.num_cached_blocks = 7
         self._script = script
         self._welcome = Welcome(model, max_model_len, 152000, 16, 100, 8, "fake", "float32", "0")
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -170,8 +192,14 @@ class FakeCore:
             self.aborted += numbers
             for number in numbers:
                 self.live.pop((identity, number), None)
-        elif isinstance(message, GetStats):
-            self._send(identity, EngineStats(message.ticket, len(self.live), 0, 100, 100, 0, 0, 0, 0, 0, 1, 0, 0))
+        elif isinstance(message, GetStats | ResetPrefixCache):
+            if isinstance(message, ResetPrefixCache):
+                self.num_cached_blocks = 0
+            self._send(identity, self._stats(message.ticket))
+
+    def _stats(self, ticket: int) -> EngineStats:
+        totals = (0, 0, 0, 0, 0, 1, 0, 0)
+        return EngineStats(ticket, len(self.live), 0, 100, 100, *totals, num_cached_blocks=self.num_cached_blocks)
 
     def _add(self, identity: bytes, request: EngineCoreRequest) -> None:
         self.requests.append(request)
@@ -181,12 +209,14 @@ class FakeCore:
         if rejected is not None:
             self._send(identity, EngineCoreOutputs(rejected=[rejected]))
             return
+        if request.sampling.prompt_logprobs is not None:
+            self._send(identity, EngineCoreOutputs(prompt_logprobs=_prompt_logprobs(request)))
         for index in range(request.n):
             ids = list(self._script(request, index))[: request.max_tokens]
             self.live[identity, request.number + index] = (request, ids, [])
 
     def _step(self) -> None:
-        tokens: dict[bytes, list[tuple[int, int]]] = {}
+        tokens: dict[bytes, list[tuple[EngineCoreRequest, int, int]]] = {}
         finished: dict[bytes, list[FinishedRequest]] = {}
         for (identity, number), (request, ids, made) in list(self.live.items()):
             error = self.fail_with(request)
@@ -197,28 +227,46 @@ class FakeCore:
             token = ids.pop(0)
             made.append(token)
             if request.stream:
-                tokens.setdefault(identity, []).append((number, token))
+                tokens.setdefault(identity, []).append((request, number, token))
             stops = int32.unpack(request.sampling.stop_token_ids)
             stopped = token in stops and len(made) > request.sampling.min_tokens
-            if stopped or not ids:
+            if stopped or not ids or request.timeout_s is not None:
                 finished.setdefault(identity, []).append(_end(request, number, made, token if stopped else None))
                 del self.live[identity, number]
         for identity in tokens.keys() | finished.keys():
-            pairs = tokens.get(identity, [])
-            self._send(
-                identity,
-                EngineCoreOutputs(
-                    int32.pack([number for number, _ in pairs]),
-                    int32.pack([token for _, token in pairs]),
-                    finished.get(identity, []),
-                ),
-            )
+            self._send(identity, _outputs(tokens.get(identity, []), finished.get(identity, [])))
+
+
+def _outputs(
+    tokens: Sequence[tuple[EngineCoreRequest, int, int]], finished: list[FinishedRequest]
+) -> EngineCoreOutputs:
+    """Of (request, number, token), those that want none between those that want log probabilities."""
+    rows = [row for row, (request, _, _) in enumerate(tokens) if request.sampling.logprobs is not None]
+    each = [logprobs_of([tokens[row][2]], tokens[row][0].sampling.logprobs or 0) for row in rows]
+    together = [b"".join(part[i] for part in map(msgspec.structs.astuple, each)) for i in range(4)]
+    return EngineCoreOutputs(
+        int32.pack([number for _, number, _ in tokens]),
+        int32.pack([token for _, _, token in tokens]),
+        finished,
+        logprob_rows=int32.pack(rows),
+        logprobs=Logprobs(*together) if rows else None,
+    )
+
+
+def _prompt_logprobs(request: EngineCoreRequest) -> list[RequestPromptLogprobs]:
+    """In two parts, as of a prompt that was computed in two chunks."""
+    ids = int32.unpack(request.prompt_token_ids)
+    top = request.sampling.prompt_logprobs or 0
+    half = max(1, len(ids) // 2)
+    parts = [(1, ids[1:half]), (half, ids[half:])]
+    return [RequestPromptLogprobs(request.number, start, logprobs_of(part, top)) for start, part in parts if part]
 
 
 def _end(request: EngineCoreRequest, number: int, made: list[int], stop_token: int | None) -> FinishedRequest:
+    reason: FinishReason = "timeout" if request.timeout_s is not None else "length"
     return FinishedRequest(
         number,
-        "length" if stop_token is None else "stop",
+        reason if stop_token is None else "stop",
         stop_token_id=stop_token,
         token_ids=b"" if request.stream else int32.pack(made),
         num_cached_tokens=3,

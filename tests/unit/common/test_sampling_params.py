@@ -219,6 +219,12 @@ def test_stop_strings_need_the_text() -> None:
     assert SamplingParams(stop=[], detokenize=False).detokenize is False
 
 
+def test_L16_log_probabilities_of_a_prompt_need_all_of_it_computed() -> None:
+    error = refused(prompt_logprobs=1, skip_reading_prefix_cache=False)
+    assert error.field == "skip_reading_prefix_cache"
+    assert SamplingParams(prompt_logprobs=1, skip_reading_prefix_cache=True).prompt_logprobs == 1
+
+
 def test_arguments_of_logits_processors_as_json() -> None:
     assert SamplingParams().processor_arguments() == []
     assert SamplingParams(logits_processors=["b", "a"]).processor_arguments() == [("b", "null"), ("a", "null")]

@@ -219,3 +219,24 @@ def test_one_event_loop_and_known_options(core: FakeCore) -> None:
     llm.close()
     with pytest.raises(TypeError, match=r"AsyncLLM\(\) got an unexpected keyword argument 'blocksize'"):
         AsyncLLM("demo", blocksize=8)  # type: ignore[call-arg]
+
+
+def test_log_probabilities_and_prompts(core: FakeCore) -> None:
+    async def scenario(llm: AsyncLLM) -> None:
+        params = tokens(4, logprobs=1, prompt_logprobs=0)
+        outputs = [output async for output in llm.generate("abc", params)]
+        places = [place for output in outputs for place in output.outputs[0].logprobs or ()]
+        assert [list(place) for place in places] == [[t, t + 1] for t in b"cbac"]
+        assert [place and list(place) for place in outputs[0].prompt_logprobs or ()] == [None, [98], [99]]
+
+    run(core, scenario)
+
+
+def test_the_prefix_cache_can_be_reset(core: FakeCore) -> None:
+    async def scenario(llm: AsyncLLM) -> None:
+        assert (await llm.get_stats()).num_cached_blocks == 7
+        first, second = await asyncio.gather(llm.reset_prefix_cache(), llm.get_stats())
+        assert first is True
+        assert second.num_cached_blocks == 0
+
+    run(core, scenario)

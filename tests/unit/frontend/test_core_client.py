@@ -84,6 +84,13 @@ def test_stats_echo_the_ticket(client: CoreClient) -> None:
     assert message.ticket == 41
 
 
+def test_a_reset_of_the_prefix_cache_is_answered_once_it_is_done(client: CoreClient) -> None:
+    client.reset_prefix_cache(7)
+    (message,) = client.receive(5.0)
+    assert isinstance(message, EngineStats)
+    assert (message.ticket, message.num_cached_blocks) == (7, 0)
+
+
 def test_receive_gives_nothing_if_nothing_comes_in_time(client: CoreClient) -> None:
     assert client.receive(0.01) == []
     assert client.receive_ready() == []

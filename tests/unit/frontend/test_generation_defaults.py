@@ -21,7 +21,8 @@ def defaults_of(folder: pathlib.Path, generation_config: dict[str, Any] | None, 
 def test_without_a_file_the_defaults_are_neutral(tmp_path: pathlib.Path) -> None:
     defaults = defaults_of(tmp_path, None)
     assert defaults == ModelDefaults(eos_token_ids=(IM_END,))
-    assert defaults.sampling_params() == SamplingParams(temperature=1.0, top_k=-1, top_p=1.0, min_p=0.0)
+    neutral = SamplingParams(temperature=1.0, top_k=-1, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
+    assert defaults.sampling_params() == neutral
 
 
 def test_L39_the_files_defaults_count_and_are_logged(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -36,10 +37,16 @@ def test_transformers_top_k_0_means_all(tmp_path: pathlib.Path) -> None:
     assert defaults_of(tmp_path, {"top_k": 0}).top_k == -1
 
 
-def test_a_default_that_cannot_be_kept_is_told(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_L39_a_repetition_penalty_of_the_file_counts(tmp_path: pathlib.Path) -> None:
     defaults = defaults_of(tmp_path, {"repetition_penalty": 1.05})
-    assert "repetition_penalty=1.05, which is not supported" in caplog.text
-    assert defaults.from_file == ()
+    assert (defaults.repetition_penalty, defaults.from_file) == (1.05, ("repetition_penalty",))
+    assert defaults.sampling_params().repetition_penalty == 1.05
+
+
+@pytest.mark.parametrize("name, value", [("temperature", -1), ("top_p", 0), ("repetition_penalty", 0)])
+def test_a_default_out_of_range_is_named(tmp_path: pathlib.Path, name: str, value: float) -> None:
+    with pytest.raises(ModelError, match=rf"generation_config\.json: {name}="):
+        defaults_of(tmp_path, {name: value})
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,10 @@ from typing import Any
 import pytest
 
 from folovllm.common.errors import RequestError
+from folovllm.common.messages.core_worker import SamplingRow
+from folovllm.common.messages.frontend_core import Grammar
 from folovllm.common.sampling_params import SamplingParams
+from folovllm.common.structured_outputs import StructuredOutputsParams
 from folovllm.frontend import int32
 from folovllm.frontend.generation_defaults import ModelDefaults
 from folovllm.frontend.input_processor import InputProcessor, Prompt, RenderedChat, Request
@@ -79,12 +82,13 @@ def test_a_list_is_one_prompt_of_ids_or_many_prompts() -> None:
         (["a", 1], r"prompts\[1\]: a prompt must be text or a list of token ids, not int"),
         (5, "prompts must be a string, token ids, a dict or a list of these, not int"),
         (b"ab", "not bytes"),
-        ({"prompt": "a", "prompt_token_ids": [1]}, "either prompt or prompt_token_ids.*; got prompt, prompt_token_ids"),
+        ({"prompt": "a", "prompt_token_ids": [1]}, "either prompt or prompt_token_ids.* got prompt, prompt_token_ids"),
         ({}, "got none"),
         ({"text": "a"}, "got text"),
         ({"prompt": 5}, "prompt must be a string, not int"),
         ({"prompt_token_ids": "ab"}, "prompt_token_ids must be a list of token ids, not str"),
         ({"prompt_token_ids": 5}, "must be text or a list of token ids, not int"),
+        ({"cache_salt": "x"}, "got none"),
         ("a\ud800", "lone surrogate"),
     ],
 )
@@ -211,3 +215,89 @@ def test_the_message_to_the_core() -> None:
     assert (message.max_tokens, message.stream) == (5, True)
     assert int32.unpack(message.prompt_token_ids) == [64, 65]
     assert message.sampling == request.sampling
+
+
+def test_everything_for_the_core_that_is_not_sampling() -> None:
+    params = SamplingParams(timeout_s=2.5, structured_outputs=StructuredOutputsParams(regex="a+"))
+    message = one({"prompt": "ab", "cache_salt": "tenant"}, params).for_core(0, stream=False)
+    assert (message.timeout_s, message.grammar) == (2.5, Grammar("regex", "a+"))
+    assert (message.cache_salt, message.skip_reading_prefix_cache) == ("tenant", False)
+    plain = one("ab").for_core(0, stream=False)
+    assert (plain.timeout_s, plain.grammar, plain.cache_salt, plain.skip_reading_prefix_cache) == (
+        None,
+        None,
+        "",
+        False,
+    )
+    assert one(RenderedChat("ab", "salt")).cache_salt == "salt"
+
+
+@pytest.mark.parametrize(
+    "params, skips",
+    [
+        ({"skip_reading_prefix_cache": True}, True),
+        ({"skip_reading_prefix_cache": False}, False),
+        ({"prompt_logprobs": 0}, True),
+        ({"logprobs": 5}, False),
+    ],
+)
+def test_L16_a_prompt_whose_log_probabilities_are_wanted_is_computed_whole(params: dict[str, Any], skips: bool) -> None:
+    request = one("ab", SamplingParams(**params))
+    assert request.for_core(0, stream=False).skip_reading_prefix_cache is skips
+    assert request.reports_logprobs is ("logprobs" in params or "prompt_logprobs" in params)
+
+
+@pytest.mark.parametrize("salt", ["", 5, "x" * 257, "a\nb", "\ud800"])
+def test_a_salt_that_is_none_is_refused(salt: Any) -> None:
+    with pytest.raises(RequestError, match="cache_salt must be a string of 1 to 256 printable") as caught:
+        one({"prompt_token_ids": [1], "cache_salt": salt})
+    assert caught.value.field == "cache_salt"
+
+
+@pytest.mark.parametrize(
+    "keep, min_tokens, length, kept",
+    [(3, 0, 10, 3), (10, 0, 3, 3), (31, 0, 100, 31), (-1, 0, 100, 31), (-1, 4, 100, 28), (-1, 0, 5, 5), (1, 0, 9, 1)],
+)
+def test_truncation_keeps_the_end_of_the_prompt(keep: int, min_tokens: int, length: int, kept: int) -> None:
+    ids = list(range(length))
+    request = one(ids, SamplingParams(truncate_prompt_tokens=keep, min_tokens=min_tokens))
+    assert request.prompt_token_ids == ids[-kept:]
+    assert request.max_tokens == min(16, 32 - kept)
+
+
+def test_a_truncated_text_is_still_told_whole() -> None:
+    request = one("abx1", SamplingParams(truncate_prompt_tokens=2))
+    assert (request.prompt, request.prompt_token_ids) == ("abx1", [87, 16])
+
+
+def test_a_truncation_that_leaves_no_room_is_refused() -> None:
+    with pytest.raises(RequestError, match=r"truncate_prompt_tokens=32 must be -1 or lie between 1 and 31") as caught:
+        one([1] * 5, SamplingParams(truncate_prompt_tokens=32))
+    assert caught.value.field == "truncate_prompt_tokens"
+
+
+def test_log_probabilities_of_a_prompt_are_bounded() -> None:
+    assert one([1] * 28, SamplingParams(prompt_logprobs=-1)).sampling.prompt_logprobs == -1
+    with pytest.raises(RequestError, match=r"prompt_logprobs=-1 of 29 tokens are 4246760 log prob.*at most 4194304"):
+        one([1] * 29, SamplingParams(prompt_logprobs=-1))
+
+
+def test_L17_a_request_for_the_prompts_log_probabilities_alone() -> None:
+    params = SamplingParams(
+        max_tokens=0,
+        prompt_logprobs=2,
+        logprobs=1,
+        seed=4,
+        structured_outputs=StructuredOutputsParams(json_object=True),
+    )
+    message = one("ab", params).for_core(0, stream=True)
+    assert message.sampling == SamplingRow(seed=4, prompt_logprobs=2)
+    assert (message.max_tokens, message.grammar) == (1, None)
+
+
+def test_a_model_without_tokenizer_has_no_text_to_constrain() -> None:
+    inputs = InputProcessor(None, ModelDefaults(), max_model_len=9, num_valid_token_ids=9, seeds=random.Random(0))
+    for params in ({"structured_outputs": StructuredOutputsParams(regex="a")}, {"bad_words": ["a"]}):
+        with pytest.raises(RequestError, match="this model has no tokenizer") as caught:
+            inputs.process([1], SamplingParams(**params), request_id="r")
+        assert caught.value.field in params

@@ -320,6 +320,82 @@ def test_a_model_without_tokenizer_takes_ids_and_gives_no_text(tmp_path: pathlib
 
 
 def test_defaults_and_tokenizer_can_be_asked_for(llm: LLM) -> None:
-    assert llm.get_default_sampling_params() == SamplingParams(temperature=1.0, top_k=-1, top_p=1.0, min_p=0.0)
+    neutral = SamplingParams(temperature=1.0, top_k=-1, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
+    assert llm.get_default_sampling_params() == neutral
     assert llm.get_tokenizer().eos_token_id == IM_END
     assert "connect" in llm.startup.table()
+
+
+def test_log_probabilities_of_answers_and_prompt(llm: LLM, core: FakeCore) -> None:
+    params = [tokens(3, logprobs=2, prompt_logprobs=0), tokens(3), tokens(3, logprobs=0, n=2)]
+    both, none, two = llm.generate(["abcd", "ab", "xy"], params, use_tqdm=False)
+    assert [request.stream for request in core.requests] == [True, False, True]
+    answer = both.outputs[0]
+    assert answer.logprobs is not None
+    assert [list(entry) for entry in answer.logprobs] == [[t, t + 1, t + 2] for t in ids_of("dcb")]
+    first = ids_of("d")[0]
+    assert answer.logprobs[0][first].decoded_token == "d"
+    assert [entry.rank for entry in answer.logprobs[0].values()] == [2, 1, 2]
+    assert answer.cumulative_logprob == pytest.approx(-sum(ids_of("dcb")) / 1000)
+    assert both.prompt_logprobs is not None
+    assert [entry and list(entry) for entry in both.prompt_logprobs] == [None, *([t] for t in ids_of("bcd"))]
+    assert (none.prompt_logprobs, none.outputs[0].logprobs, none.outputs[0].cumulative_logprob) == (None,) * 3
+    assert [[list(entry) for entry in answer.logprobs or ()] for answer in two.outputs] == [
+        [[t] for t in ids_of("yxy")],
+        [[t] for t in ids_of("xyx")],
+    ]
+
+
+def test_L17_a_prompts_log_probabilities_without_an_answer(llm: LLM, core: FakeCore) -> None:
+    params = tokens(0, prompt_logprobs=1, n=2, logprobs=1, bad_words=["x"])
+    (output,) = llm.generate("abc", params, use_tqdm=False)
+    assert [(a.text, a.token_ids, a.finish_reason, a.logprobs) for a in output.outputs] == [("", [], "length", [])] * 2
+    assert [entry and list(entry) for entry in output.prompt_logprobs or ()] == [
+        None,
+        *([t, t + 1] for t in ids_of("bc")),
+    ]
+    assert (core.requests[0].max_tokens, core.requests[0].sampling.bad_words) == (1, [])
+    assert output.metrics is not None
+    assert output.metrics.num_generation_tokens == 0
+
+
+def test_a_stream_of_log_probabilities_joins_to_the_whole(llm: LLM) -> None:
+    params = tokens(6, logprobs=1, prompt_logprobs=0)
+    (whole,) = llm.generate("abc", params, use_tqdm=False)
+    deltas = list(llm.stream("abc", params))
+    answers = [delta.outputs[0] for delta in deltas]
+    assert [entry for answer in answers for entry in answer.logprobs or ()] == whole.outputs[0].logprobs
+    assert all(len(answer.logprobs or ()) == len(answer.token_ids) for answer in answers)
+    assert answers[-1].cumulative_logprob == pytest.approx(whole.outputs[0].cumulative_logprob)
+    assert deltas[0].prompt_logprobs == whole.prompt_logprobs
+    assert all(delta.prompt_logprobs is None for delta in deltas[1:])
+
+
+def test_token_ids_without_text(llm: LLM) -> None:
+    (output,) = llm.generate("abc", tokens(3, detokenize=False, logprobs=0), use_tqdm=False)
+    answer = output.outputs[0]
+    assert (answer.text, answer.token_ids) == ("", ids_of("cba"))
+    assert answer.logprobs is not None
+    assert [entry.decoded_token for place in answer.logprobs for entry in place.values()] == [None] * 3
+    streamed = list(llm.stream("abc", tokens(3, detokenize=False)))
+    assert [token for delta in streamed for token in delta.outputs[0].token_ids] == ids_of("cba")
+    assert "".join(delta.outputs[0].text for delta in streamed) == ""
+
+
+def test_a_time_limit_has_a_reason_of_its_own(llm: LLM, core: FakeCore) -> None:
+    (output,) = llm.generate("abc", tokens(5, timeout_s=0.5), use_tqdm=False)
+    assert (output.outputs[0].text, output.outputs[0].finish_reason) == ("c", "timeout")
+    assert core.requests[0].timeout_s == 0.5
+
+
+def test_the_prefix_cache_can_be_reset(llm: LLM, core: FakeCore) -> None:
+    assert llm.get_stats().num_cached_blocks == 7
+    assert llm.reset_prefix_cache() is True
+    assert core.num_cached_blocks == 0
+    assert llm.get_stats().num_cached_blocks == 0
+
+
+def test_the_salt_of_a_chat_reaches_the_core(llm: LLM, core: FakeCore) -> None:
+    llm.chat([{"role": "user", "content": "a"}], tokens(1), use_tqdm=False, cache_salt="tenant 7")
+    llm.generate({"prompt": "a", "cache_salt": "b"}, tokens(1), use_tqdm=False)
+    assert [request.cache_salt for request in core.requests] == ["tenant 7", "b"]

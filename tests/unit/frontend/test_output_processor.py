@@ -8,13 +8,19 @@ from typing import Any
 import pytest
 
 from folovllm.common.errors import EngineDeadError, QueueFullError, RequestError, RequestFailedError
-from folovllm.common.messages.frontend_core import EngineCoreOutputs, FinishedRequest, RejectedRequest
+from folovllm.common.messages.frontend_core import (
+    EngineCoreOutputs,
+    FinishedRequest,
+    RejectedRequest,
+    RequestPromptLogprobs,
+)
 from folovllm.common.sampling_params import SamplingParams
 from folovllm.frontend import int32
 from folovllm.frontend.generation_defaults import ModelDefaults
 from folovllm.frontend.input_processor import InputProcessor, Request
 from folovllm.frontend.output_processor import OutputProcessor, RequestState
 from folovllm.frontend.tokenizer import Tokenizer
+from tests.fakes.fake_core_for_frontend import logprobs_of
 from tests.fakes.tokenizers_ import case_tokenizer
 
 IM_END = 151645
@@ -51,9 +57,20 @@ class Frontend:
         finished: Sequence[FinishedRequest] = (),
         rejected: Sequence[RejectedRequest] = (),
         now: float = 2.0,
+        rows: Sequence[int] = (),
+        prompts: Sequence[RequestPromptLogprobs] = (),
     ) -> list[RequestState]:
+        """`rows`: indices into `pairs` of tokens that come with log probabilities, one alternative each."""
         numbers, tokens = int32.pack([n for n, _ in pairs]), int32.pack([t for _, t in pairs])
-        message = EngineCoreOutputs(numbers, tokens, list(finished), list(rejected))
+        message = EngineCoreOutputs(
+            numbers,
+            tokens,
+            list(finished),
+            list(rejected),
+            int32.pack(rows),
+            logprobs_of([pairs[row][1] for row in rows], 1) if rows else None,
+            list(prompts),
+        )
         done, to_abort = self.outputs.process(message, now)
         self.aborted += to_abort
         return done
@@ -329,6 +346,106 @@ def test_news_are_told_and_the_end_of_the_engine_fails_all() -> None:
     assert state.finished
     with pytest.raises(EngineDeadError, match="gone"):
         state.take_delta()
+
+
+def test_log_probabilities_find_their_answers() -> None:
+    frontend = Frontend()
+    first, plain, last = frontend.add(logprobs=1, n=2), frontend.add(stream=True), frontend.add(logprobs=1)
+    assert first.by_token
+    assert last.by_token
+    frontend.report([(3, 64), (2, 65), (0, 16), (1, 87)], rows=[0, 2, 3])
+    frontend.report([(2, 64), (0, 64)], rows=[1])
+    for state, expected in ((first, [[16, 64], [87]]), (plain, [None]), (last, [[64]])):
+        answers = state.whole().outputs
+        shown = [None if a.logprobs is None else [next(iter(place)) for place in a.logprobs] for a in answers]
+        assert shown == expected
+        assert [a.token_ids for a in answers if a.logprobs is not None] == [ids for ids in expected if ids is not None]
+    assert first.whole().outputs[0].cumulative_logprob == pytest.approx(-0.08)
+    assert plain.whole().outputs[0].cumulative_logprob is None
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_log_probabilities_behind_a_stop_string_are_dropped_with_their_tokens(stream: bool) -> None:
+    frontend = Frontend()
+    state = frontend.add(stream=stream, stop=["FG"], logprobs=1)
+    frontend.report([(0, 1150), (0, 12001), (0, 41)], rows=[0, 1, 2])
+    frontend.report([(0, 41)], rows=[0])
+    output = state.take_delta() if stream else state.whole()
+    assert output is not None
+    answer = output.outputs[0]
+    assert answer.token_ids == [1150, 12001]
+    assert answer.logprobs is not None
+    assert [list(place) for place in answer.logprobs] == [[1150, 1151], [12001, 12002]]
+    assert answer.cumulative_logprob == pytest.approx(-13.151)
+
+
+def test_log_probabilities_stay_parallel_where_text_is_held_back() -> None:
+    frontend = Frontend()
+    state = frontend.add(stream=True, logprobs=0)
+    taken = []
+    for token in [123918, 250, 64]:
+        frontend.report([(0, token)], rows=[0])
+        delta = state.take_delta()
+        taken.append(
+            delta and (delta.outputs[0].text, [next(iter(place)) for place in delta.outputs[0].logprobs or ()])
+        )
+    assert taken == [None, ("🦜", [123918, 250]), ("a", [64])]
+
+
+def test_L16_prompt_log_probabilities_belong_to_the_request_and_come_once_in_a_stream() -> None:
+    frontend = Frontend()
+    frontend.add()
+    state = frontend.add(stream=True, n=2, prompt_logprobs=1)
+    frontend.report(prompts=[RequestPromptLogprobs(1, 1, logprobs_of([5, 6], 1))])
+    assert state.take_delta() is None
+    frontend.report(prompts=[RequestPromptLogprobs(1, 3, logprobs_of([7], 1))])
+    frontend.report([(2, 64)])
+    expected = [None, [5, 6], [6, 7], [7, 8]]
+    for output, shown in ((state.take_delta(), expected), (state.whole(), expected)):
+        assert output is not None
+        assert [place and list(place) for place in output.prompt_logprobs or ()] == shown
+    frontend.report([(1, 64)], [ended(1), ended(2)])
+    delta = state.take_delta()
+    assert delta is not None
+    assert delta.prompt_logprobs is None
+
+
+def test_L34_log_probabilities_for_requests_that_are_gone_are_passed_over() -> None:
+    frontend = Frontend()
+    state = frontend.add(logprobs=1, prompt_logprobs=1)
+    other = frontend.add()
+    frontend.outputs.forget(state)
+    late = [RequestPromptLogprobs(number, 1, logprobs_of([5], 1)) for number in (0, 1, 77)]
+    assert frontend.report([(0, 64)], rows=[0], prompts=late) == []
+    assert other.whole().prompt_logprobs is None
+
+
+def test_L17_the_token_that_comes_with_a_prompts_log_probabilities_is_dropped() -> None:
+    frontend = Frontend()
+    state = frontend.add(max_tokens=0, prompt_logprobs=0, logprobs=2)
+    assert not state.finished
+    frontend.report(prompts=[RequestPromptLogprobs(0, 1, logprobs_of([5], 0))])
+    assert frontend.report([(0, 64)], [ended()]) == [state]
+    output = state.whole()
+    assert (output.outputs[0].token_ids, output.outputs[0].text, output.outputs[0].logprobs) == ([], "", [])
+    assert output.prompt_logprobs is not None
+    assert len(output.prompt_logprobs) == 2
+    assert state.metrics.num_generation_tokens == 0
+
+
+def test_token_ids_alone_are_not_decoded() -> None:
+    answer = whole([1150, 12001, IM_END], IM_END, detokenize=False)
+    assert (answer.text, answer.token_ids, answer.finish_reason) == ("", [1150, 12001, IM_END], "stop")
+    deltas = streamed([123918, 250], detokenize=False)
+    assert [(delta.text, delta.token_ids) for delta in deltas] == [("", [123918]), ("", [250])]
+
+
+def test_a_time_limit_ends_with_what_there_is() -> None:
+    frontend = Frontend()
+    state = frontend.add(timeout_s=1.0)
+    frontend.report(finished=[ended(0, "timeout", token_ids=int32.pack([64, 65]))])
+    answer = state.whole().outputs[0]
+    assert (answer.text, answer.finish_reason, answer.stop_reason) == ("ab", "timeout", None)
 
 
 def test_python_time_per_token_without_stream() -> None:
