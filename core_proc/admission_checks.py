@@ -14,13 +14,19 @@ import numpy.typing as npt
 
 from folovllm.common.messages.core_worker import SamplingRow
 from folovllm.common.messages.frontend_core import EngineCoreRequest
-from folovllm.common.sampling_params import MAX_STOP_TOKEN_IDS, MAX_TOKENS, MAX_TOP_K
+from folovllm.common.sampling_params import (
+    MAX_BIASED_TOKENS,
+    MAX_LOGITS_PROCESSORS,
+    MAX_PROCESSOR_ARGUMENT_CHARACTERS,
+    MAX_STOP_TOKEN_IDS,
+    MAX_TIMEOUT_S,
+    MAX_TOKENS,
+    MAX_TOP_K,
+)
 from folovllm.common.transport import MAX_FRAME_BYTES
 
 MAX_BAD_WORDS: Final = 4096  # sequences: a word has one for each spelling
 MAX_BAD_WORD_TOKENS: Final = 65_536  # of all sequences together
-MAX_LOGITS_PROCESSORS: Final = 16
-MAX_ARGUMENT_CHARACTERS: Final = 65_536
 MAX_CACHE_SALT_CHARACTERS: Final = 256
 _ENTRY_BYTES: Final = 4  # int32 and float32 alike
 _LOGPROB_BYTES: Final = 2 * _ENTRY_BYTES  # a token id and a value
@@ -92,6 +98,8 @@ class RequestChecks:
             raise Refused(
                 "bias_values", f"{len(sampling.bias_values)} bytes of float32 for {ids.size} token ids; one each"
             )
+        if ids.size > MAX_BIASED_TOKENS:
+            raise Refused("bias_token_ids", f"{ids.size} token ids; at most {MAX_BIASED_TOKENS} are allowed")
         self.check_ids("bias_token_ids", ids)
         if np.unique(ids).size != ids.size:
             raise Refused("bias_token_ids", "a token id stands there twice")
@@ -171,8 +179,8 @@ def _ranges(sampling: SamplingRow) -> Iterator[tuple[str, float, float, float]]:
 
 
 def _check_timeout(timeout_s: float | None) -> None:
-    if timeout_s is not None and not (math.isfinite(timeout_s) and timeout_s > 0):
-        raise Refused("timeout_s", f"timeout_s={timeout_s} must be a finite number of seconds greater than 0")
+    if timeout_s is not None and not 0 < timeout_s <= MAX_TIMEOUT_S:
+        raise Refused("timeout_s", f"timeout_s={timeout_s} must be greater than 0 and at most {MAX_TIMEOUT_S} seconds")
 
 
 def _check_cache_salt(cache_salt: str) -> None:
@@ -182,10 +190,10 @@ def _check_cache_salt(cache_salt: str) -> None:
 
 def _check_argument(name: str, argument: str) -> None:
     """A processor's argument is read by the worker in the middle of a step, so it must be JSON when it gets there."""
-    if len(argument) > MAX_ARGUMENT_CHARACTERS:
+    if len(argument) > MAX_PROCESSOR_ARGUMENT_CHARACTERS:
         raise Refused(
             "logits_processors",
-            f"the argument of {name} has {len(argument)} characters; at most {MAX_ARGUMENT_CHARACTERS} are allowed",
+            f"the argument of {name} has {len(argument)} characters; at most {MAX_PROCESSOR_ARGUMENT_CHARACTERS} are allowed",
         )
     try:
         msgspec.json.decode(argument)

@@ -8,8 +8,8 @@ import pytest
 
 from folovllm.common.messages.core_worker import SamplingRow
 from folovllm.common.messages.frontend_core import EngineCoreRequest
+from folovllm.common.sampling_params import MAX_PROCESSOR_ARGUMENT_CHARACTERS, MAX_TIMEOUT_S
 from folovllm.core_proc.admission_checks import (
-    MAX_ARGUMENT_CHARACTERS,
     MAX_BAD_WORD_TOKENS,
     MAX_BAD_WORDS,
     MAX_CACHE_SALT_CHARACTERS,
@@ -94,6 +94,7 @@ def test_L10_L12_sampling_values_out_of_range(field: str, values: list[object]) 
         (int32(1, VOCABULARY), float32(1.0, 2.0), "bias_token_ids", "token id 100 at position 1"),
         (int32(3, 1, 3), float32(1.0, 2.0, 3.0), "bias_token_ids", "twice"),
         (int32(3), float32(NAN), "bias_values", "not finite"),
+        (int32(*range(1025)), float32(*[0.0] * 1025), "bias_token_ids", "at most 1024"),
         (int32(3, 4), float32(0.0, math.inf), "bias_values", "not finite"),
     ],
 )
@@ -141,14 +142,14 @@ def test_processors_that_are_not_loaded_are_refused_with_those_that_are() -> Non
     none = RequestChecks(num_valid_token_ids=1000, max_num_seqs=1, logits_processors=())
     assert "known: none" in str(refused(with_sampling(logits_processors=[("a:first", "1")]), none))
     assert "at most 16" in str(refused(with_sampling(logits_processors=[("a:first", "1")] * 17)))
-    argument = f'"{"x" * MAX_ARGUMENT_CHARACTERS}"'
+    argument = f'"{"x" * MAX_PROCESSOR_ARGUMENT_CHARACTERS}"'
     assert "at most 65536" in str(refused(with_sampling(logits_processors=[("a:first", argument)])))
     deep = "[" * 60_000
     assert "no JSON" in str(refused(with_sampling(logits_processors=[("a:first", deep)])))
 
 
-@pytest.mark.parametrize("timeout_s", [0.0, -1.0, NAN, math.inf])
-def test_a_time_limit_is_a_finite_number_above_zero(timeout_s: float) -> None:
+@pytest.mark.parametrize("timeout_s", [0.0, -1.0, NAN, math.inf, MAX_TIMEOUT_S + 1])
+def test_a_time_limit_is_above_zero_and_bounded(timeout_s: float) -> None:
     assert refused(make_message(timeout_s=timeout_s)).field == "timeout_s"
 
 
