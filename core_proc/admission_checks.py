@@ -193,7 +193,7 @@ def _check_argument(name: str, argument: str) -> None:
     if len(argument) > MAX_PROCESSOR_ARGUMENT_CHARACTERS:
         raise Refused(
             "logits_processors",
-            f"the argument of {name} has {len(argument)} characters; at most {MAX_PROCESSOR_ARGUMENT_CHARACTERS} are allowed",
+            f"the argument of {name} has {len(argument)} characters; {MAX_PROCESSOR_ARGUMENT_CHARACTERS} are allowed",
         )
     try:
         msgspec.json.decode(argument)
