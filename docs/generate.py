@@ -26,6 +26,7 @@ import msgspec
 from folovllm.common import config, errors
 from folovllm.common.messages import core_worker, frontend_core, lifecycle
 from folovllm.common.sampling_params import SamplingParams
+from folovllm.common.structured_outputs import StructuredOutputsParams
 from folovllm.frontend.cli import main as cli_main
 from folovllm.frontend.cli.options import GroupedCommand, GroupedOption
 
@@ -227,15 +228,17 @@ def _default_cell(field: msgspec.structs.FieldInfo) -> str:
 def options_page() -> str:
     parts = ["## EngineConfig", *_options_of(config.EngineConfig)]
     parts.append("`LLM`, `AsyncLLM` and the [command line](cli.md) take them as they are named here, but for `model`.")
-    parts += ["## SamplingParams", *_options_of(SamplingParams, "not supported yet: refused unless it is the default")]
+    parts += ["## SamplingParams", *_options_of(SamplingParams)]
+    parts += ["## StructuredOutputsParams", *_options_of(StructuredOutputsParams)]
     parts += ["## Environment variables", _table(["variable", "what reads it"], environment_rows())]
-    return _page("Options", "`common/config.py` and `common/sampling_params.py`", *parts)
+    sources = "`common/config.py`, `common/sampling_params.py` and `common/structured_outputs.py`"
+    return _page("Options", sources, *parts)
 
 
-def _options_of(struct: StructClass, undocumented: str = "") -> Iterator[str]:
+def _options_of(struct: StructClass) -> Iterator[str]:
     doc = _doc(struct)
     yield "\n\n".join(_text(paragraph) for paragraph in doc.paragraphs)
-    yield _table(["option", "type", "default", "meaning"], field_rows(struct, undocumented))
+    yield _table(["option", "type", "default", "meaning"], field_rows(struct))
     if doc.raises:
         yield "\n".join(f"* raises `{name}`: {_text(text)}" for name, text in doc.raises.items())
 

@@ -10,6 +10,7 @@ import click
 
 if TYPE_CHECKING:
     from folovllm.common.sampling_params import SamplingParams
+    from folovllm.common.structured_outputs import StructuredOutputsParams
     from folovllm.frontend.engine_options import EngineOptions
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -98,7 +99,16 @@ SAMPLING_OPTIONS: tuple[_Spec, ...] = (
     ("top_k", int, "Keep the k most likely tokens; -1 keeps all [the model's default]."),
     ("top_p", float, "Keep the most likely tokens up to this probability [the model's default]."),
     ("min_p", float, "Drop tokens less likely than this share of the most likely [the model's default]."),
+    ("presence_penalty", float, "Taken off the logits of tokens that the answer holds already, -2 to 2 [0]."),
+    ("frequency_penalty", float, "Taken off as often as the answer holds the token, -2 to 2 [0]."),
+    ("repetition_penalty", float, "Makes tokens of prompt and answer less likely above 1 [the model's default]."),
+    ("truncate_prompt_tokens", int, "Keep the last so many tokens of a prompt; -1: as many as fit [refuse it]."),
+    ("timeout_s", float, "Seconds after which an answer ends as it is [no bound]."),
 )
+
+
+_ALLOWED_HELP = "Only such tokens may be chosen; may be given several times."
+_BIAS_HELP = "Number added to a token's logit, -100 to 100; may be given several times."
 
 
 def engine_options(command: Command) -> Command:
@@ -119,6 +129,12 @@ def sampling_options(command: Command) -> Command:
     lists = (
         option(_SAMPLING, "--stop", multiple=True, help="String that ends the answer; may be given several times."),
         option(_SAMPLING, "--stop-token-id", "stop_token_ids", type=int, multiple=True, help="The same, a token id."),
+        option(_SAMPLING, "--bad-word", "bad_words", multiple=True, help="Text that must not appear; several times."),
+        option(_SAMPLING, "--allowed-token-id", "allowed_token_ids", type=int, multiple=True, help=_ALLOWED_HELP),
+        option(_SAMPLING, "--logit-bias", multiple=True, callback=_as_bias, metavar="ID=VALUE", help=_BIAS_HELP),
+        option(_SAMPLING, "--json-schema", type=click.File(encoding="utf-8"), help="File with the answer's schema."),
+        option(_SAMPLING, "--regex", default=None, help="Regular expression that the whole answer matches."),
+        option(_SAMPLING, "--choice", multiple=True, help="The answer is one of these; may be given several times."),
         option(_SAMPLING, "--sampling-seed", type=int, default=None, help="The same seed gives the same answer."),
         option(_SAMPLING, "--ignore-eos", is_flag=True, help="Go on past the model's end of sequence."),
         option(_SAMPLING, "--include-stop-str-in-output", is_flag=True, help="Keep the stop string in the text."),
@@ -131,6 +147,18 @@ def sampling_options(command: Command) -> Command:
     return command
 
 
+def _as_bias(_context: click.Context, parameter: click.Parameter, given: Sequence[str]) -> dict[int, float] | None:
+    """Several ID=VALUE as a dict, None for none."""
+    bias = {}
+    for text in given:
+        token_id, _, value = text.partition("=")
+        try:
+            bias[int(token_id)] = float(value)
+        except ValueError as error:
+            raise click.BadParameter(f"{text!r} is no ID=VALUE, as 42=-1.5", param=parameter) from error
+    return bias or None
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -141,13 +169,13 @@ def taken_engine_options(given: Mapping[str, Any]) -> "EngineOptions":
     return cast("EngineOptions", {name: given[name] for name in names if given[name] not in (None, ())})
 
 
-def taken_sampling_params(given: Mapping[str, Any], *, n: int = 1, max_tokens: int | None = 16) -> "SamplingParams":
+def taken_sampling_params(given: Mapping[str, Any], *, max_tokens: int | None = 16, **more: Any) -> "SamplingParams":
     """The sampling parameters among all that a command was given.
 
     Args:
         given: the command's parameters.
-        n: number of answers.
         max_tokens: the command's own default.
+        more: parameters that only this command has.
 
     Raises:
         RequestError: one is out of range.
@@ -156,12 +184,24 @@ def taken_sampling_params(given: Mapping[str, Any], *, n: int = 1, max_tokens: i
 
     values = {name: given[name] for name, _, _ in SAMPLING_OPTIONS if given[name] is not None}
     return SamplingParams(
-        **{"max_tokens": max_tokens, **values},
-        n=n,
+        **{"max_tokens": max_tokens, **values, **more},
         seed=given["sampling_seed"],
         stop=list(given["stop"]) or None,
         stop_token_ids=list(given["stop_token_ids"]) or None,
+        bad_words=list(given["bad_words"]) or None,
+        allowed_token_ids=list(given["allowed_token_ids"]) or None,
+        logit_bias=given["logit_bias"],
+        structured_outputs=_taken_structure(given),
         ignore_eos=given["ignore_eos"],
         include_stop_str_in_output=given["include_stop_str_in_output"],
         skip_special_tokens=not given["keep_special_tokens"],
     )
+
+
+def _taken_structure(given: Mapping[str, Any]) -> "StructuredOutputsParams | None":
+    from folovllm.common.structured_outputs import StructuredOutputsParams
+
+    schema = None if given["json_schema"] is None else given["json_schema"].read()
+    if schema is None and given["regex"] is None and not given["choice"]:
+        return None
+    return StructuredOutputsParams(json=schema, regex=given["regex"], choice=list(given["choice"]) or None)

@@ -5,6 +5,7 @@ import json
 import pathlib
 import re
 import signal
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,14 +16,16 @@ import pytest
 from click.testing import CliRunner
 
 from folovllm.common.config import EngineConfig
+from folovllm.common.messages.frontend_core import Grammar
 from folovllm.common.sampling_params import SamplingParams
+from folovllm.frontend import int32
 from folovllm.frontend.cli.chat import Conversation
 from folovllm.frontend.cli.main import cli, run
 from folovllm.frontend.cli.options import ENGINE_OPTIONS, SAMPLING_OPTIONS
 from folovllm.frontend.engine_options import EngineOptions
 from folovllm.frontend.llm import LLM
 from tests.fakes.fake_core_for_frontend import FakeCore
-from tests.fakes.model_folder import write_model_folder
+from tests.fakes.model_folder import ids_of, write_model_folder
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 
@@ -79,9 +82,58 @@ def test_every_sampling_parameter_arrives(folo: Run, core: FakeCore) -> None:
     assert row.stop_token_ids == b"\x07\x00\x00\x00"
 
 
+def test_penalties_lists_and_bounds_arrive(folo: Run, core: FakeCore) -> None:
+    code, _, _ = folo(
+        *("generate", "abcdef", "--presence-penalty", "1", "--frequency-penalty", "-1", "--repetition-penalty", "1.5"),
+        *("--bad-word", "x", "--bad-word", "yz", "--allowed-token-id", "99", "--allowed-token-id", "98"),
+        *("--logit-bias", "99=1.5", "--logit-bias", "7=-100", "--timeout-s", "2.5", "--truncate-prompt-tokens", "3"),
+    )
+    (request,) = core.requests
+    row = request.sampling
+    assert code == 0
+    assert (row.presence_penalty, row.frequency_penalty, row.repetition_penalty) == (1.0, -1.0, 1.5)
+    assert row.bad_words == [int32.pack(ids_of(word)) for word in ("x", "yz")]
+    assert int32.unpack(row.allowed_token_ids) == [99, 98]
+    assert (int32.unpack(row.bias_token_ids), row.bias_values) == ([99, 7], struct.pack("<2f", 1.5, -100))
+    assert (request.timeout_s, int32.unpack(request.prompt_token_ids)) == (2.5, ids_of("def"))
+
+
+def test_structured_outputs_arrive(folo: Run, core: FakeCore, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "schema.json").write_text('{"type": "object"}')
+    for args in (
+        ["--json-schema", str(tmp_path / "schema.json")],
+        ["--regex", "a+"],
+        ["--choice", "a", "--choice", "b"],
+    ):
+        assert folo("generate", "abc", *args)[0] == 0
+    assert [request.grammar for request in core.requests] == [
+        Grammar("json", '{"type": "object"}'),
+        Grammar("regex", "a+"),
+        Grammar("choice", '["a", "b"]'),
+    ]
+
+
+def test_log_probabilities_are_part_of_the_json(folo: Run) -> None:
+    args = ("generate", "abc", "--json", "--logprobs", "1", "--prompt-logprobs", "0", "--max-tokens", "1")
+    code, out, _ = folo(*args)
+    shown = json.loads(out)
+    assert code == 0
+    assert shown["prompt_logprobs"][0] is None
+    assert [[entry["token"] for entry in place] for place in shown["prompt_logprobs"][1:]] == [["b"], ["c"]]
+    (place,) = shown["outputs"][0]["logprobs"]
+    assert [(entry["token_id"], entry["token"], entry["rank"]) for entry in place] == [(99, "c", 2), (100, "d", 1)]
+    assert place[0]["logprob"] == shown["outputs"][0]["cumulative_logprob"] == pytest.approx(-0.099)
+
+
 @pytest.mark.parametrize(
     "args, code, message",
     [
+        (["generate", "abc", "--logprobs", "1"], 2, "give --json too"),
+        (["generate", "abc", "--logit-bias", "5"], 2, "'5' is no ID=VALUE, as 42=-1.5"),
+        (["generate", "abc", "--logit-bias", "x=5"], 2, "'x=5' is no ID=VALUE"),
+        (["generate", "abc", "--regex", "a", "--choice", "b"], 2, "it has regex and choice"),
+        (["generate", "abc", "--json-schema", "/no/such/file"], 2, "No such file"),
+        (["generate", "abc", "--presence-penalty", "3"], 2, "presence_penalty=3.0 must be a finite number between"),
         (["generate", "abc", "--temperature", "-1"], 2, "Error: temperature=-1.0 must be a finite number between"),
         (["generate", "x" * 70], 2, "Error: prompts[0]: the prompt has 70 tokens"),
         (["generate", "abc", "--block-size", "8"], 2, "Error: block_size cannot be given with engine="),
