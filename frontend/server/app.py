@@ -17,12 +17,12 @@ from folovllm.common.errors import FoloVLLMError
 from folovllm.frontend.async_llm import AsyncLLM
 from folovllm.frontend.server.context import ServerContext
 from folovllm.frontend.server.endpoint import Endpoint
-from folovllm.frontend.server.endpoints import models, operations
+from folovllm.frontend.server.endpoints import chat, completions, models, operations
 from folovllm.frontend.server.errors import ApiError, error_response, to_api_error
 from folovllm.frontend.server.gate import Gate
 from folovllm.frontend.server.options import ServerOptions
 
-_ENDPOINT_MODULES = (operations, models)
+_ENDPOINT_MODULES = (operations, models, chat, completions)
 
 
 def build_app(llm: AsyncLLM, options: ServerOptions, *, more_routes: Sequence[BaseRoute] = ()) -> Starlette:

@@ -1,6 +1,7 @@
 """What the endpoints of one server share."""
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -45,6 +46,7 @@ class ServerContext:
         self.metrics = ServerMetrics(self.model_names[0])
         self.created = int(time.time())
         self.draining = False
+        self._active: Counter[str] = Counter()
         self.tokenizer = _tokenizer_of(llm)
         template = None if self.tokenizer is None else self.tokenizer.chat_template
         self.tool_format = choose_tool_format(options.tool_parser, template)
@@ -58,6 +60,27 @@ class ServerContext:
         """Raises ApiError 503 where the server takes no more requests."""
         if self.draining:
             raise unavailable("this server is shutting down", "draining", _DRAIN_RETRY_S)
+
+    def begin(self, request_id: str) -> None:
+        """A request goes to the engine under this id; several may have the same."""
+        self._active[request_id] += 1
+
+    def end(self, request_id: str) -> None:
+        """One request of this id has ended."""
+        self._active[request_id] -= 1
+        if not self._active[request_id]:
+            del self._active[request_id]
+
+    @property
+    def num_active(self) -> int:
+        """Requests that the engine has from this server."""
+        return self._active.total()
+
+    async def abort_all(self) -> None:
+        """Ends all requests in work; their answers end with finish_reason "abort"."""
+        for request_id, count in list(self._active.items()):
+            for _ in range(count):
+                await self.llm.abort(request_id)
 
     def check_model(self, name: str | None) -> str:
         """The name that the answer tells. Raises ApiError 404 for a model that is not served here."""

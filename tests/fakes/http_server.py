@@ -1,15 +1,18 @@
 """The application in this process, over a fake core or a daemon: no socket, the client's ASGI transport."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
 from starlette.applications import Starlette
+from starlette.types import Message, Scope
 
 from folovllm.frontend.async_llm import AsyncLLM
 from folovllm.frontend.server.app import build_app
+from folovllm.frontend.server.context import ServerContext
 from folovllm.frontend.server.options import ServerOptions
 
 TIMEOUT_S = 30.0
@@ -30,9 +33,91 @@ class Served:
         self.llm = llm
         self.http = http
 
+    @property
+    def context(self) -> ServerContext:
+        context = self.app.state.context
+        assert isinstance(context, ServerContext)
+        return context
+
     async def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
         """Posts JSON; an answer, whatever its status."""
         return await self.http.post(path, json=body, headers=headers)
+
+    async def events(self, path: str, body: Any) -> list[Any]:
+        """The events of a stream, decoded; the last one is checked to be [DONE] and left out."""
+        answer = await self.post(path, {**body, "stream": True})
+        assert answer.status_code == 200, answer.text
+        events = data_of(answer.text)
+        assert events[-1] == "[DONE]"
+        return [json.loads(event) for event in events[:-1]]
+
+
+def data_of(text: str) -> list[str]:
+    """The data of server-sent events; comments and names of events are passed over."""
+    return [line.removeprefix("data: ") for line in text.split("\n") if line.startswith("data: ")]
+
+
+class Visit:
+    """One HTTP request spoken in ASGI by hand, for a test that decides when the client reads, and when it goes away.
+
+    Attributes:
+        messages: what the application sent.
+        reads: while cleared, sending blocks: the client does not read.
+    """
+
+    def __init__(self, app: Starlette, path: str, body: Any) -> None:
+        self.messages: list[Message] = []
+        self.reads = asyncio.Event()
+        self.reads.set()
+        self._changed = asyncio.Condition()
+        self._gone = asyncio.Event()
+        self._body: bytes | None = json.dumps(body).encode()
+        headers = [(b"content-type", b"application/json")]
+        scope: Scope = {
+            "type": "http",
+            "method": "POST",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "headers": headers,
+            "client": ("test", 1),
+            "server": ("test", 80),
+            "scheme": "http",
+            "http_version": "1.1",
+        }
+        self.task = asyncio.ensure_future(app(scope, self._receive, self._send))
+
+    async def _receive(self) -> Message:
+        if self._body is not None:
+            body, self._body = self._body, None
+            return {"type": "http.request", "body": body, "more_body": False}
+        await self._gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: Message) -> None:
+        await self.reads.wait()
+        async with self._changed:
+            self.messages.append(message)
+            self._changed.notify_all()
+
+    async def sent(self, count: int) -> None:
+        """Waits, bounded, until the application has sent so many messages."""
+        async with asyncio.timeout(TIMEOUT_S), self._changed:
+            await self._changed.wait_for(lambda: len(self.messages) >= count)
+
+    def hang_up(self) -> None:
+        """The client goes away."""
+        self._gone.set()
+
+    @property
+    def status(self) -> int:
+        assert isinstance(self.messages[0]["status"], int)
+        return self.messages[0]["status"]
+
+    @property
+    def text(self) -> str:
+        return b"".join(message.get("body", b"") for message in self.messages[1:]).decode()
 
 
 @asynccontextmanager

@@ -12,7 +12,7 @@ class CompletionRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True
     """Body of `POST /v1/completions`.
 
     Attributes:
-        prompt: a text, a list of texts, token ids, or a list of lists of ids.
+        prompt: a text, token ids, or a list of several of either.
         max_tokens: most tokens of each answer; null is 16.
         echo: the answer begins with the prompt.
         logprobs: report log probabilities, and so many alternatives with each (0: the taken token's alone).
@@ -21,7 +21,7 @@ class CompletionRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True
         add_special_tokens: whether the tokenizer adds its own to a text (bos).
     """
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | list[str | int | list[int]]
     max_tokens: int | None = None
     echo: bool | None = None
     logprobs: int | None = None
