@@ -10,6 +10,8 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
+import msgspec
+
 from folovllm.common.errors import RequestError
 from folovllm.common.messages.core_worker import SamplingRow
 from folovllm.common.messages.frontend_core import EngineCoreRequest
@@ -126,6 +128,10 @@ class Request:
         )
 
 
+# Parameters (held, so that their identity stays theirs), their stop set, and their row without a seed.
+_Resolved = tuple[SamplingParams, StopRules, SamplingRow]
+
+
 class InputProcessor:
     """Checks and resolves requests for one engine. Holds no state but the source of seeds."""
 
@@ -167,19 +173,29 @@ class InputProcessor:
             request_id: name of the request for logs and output.
             priority: lower runs first.
         """
-        params = self._checked_params(params)
+        return self._process(prompt, self._checked_params(params), request_id, priority, {})
+
+    def _process(
+        self, prompt: Prompt, params: SamplingParams, request_id: str, priority: int, resolved: dict[int, _Resolved]
+    ) -> Request:
+        """`resolved`: by identity, parameters that other requests of the same call have brought."""
         given, salt = _unwrapped(prompt)
         text, ids = self._prompt_ids(given, rendered=isinstance(prompt, RenderedChat))
         ids = self._truncated(ids, params)
-        stop = self._stop_rules(params)
         max_tokens = self._max_tokens(params, len(ids))
         self._check_prompt_logprobs(params.prompt_logprobs, len(ids))
+        if id(params) not in resolved:
+            resolved[id(params)] = self._resolve(params)
+        _, stop, row = resolved[id(params)]
+        seed = self._seeds.getrandbits(64) - 2**63 if params.seed is None else params.seed
+        if max_tokens == 0:
+            row = prompt_only_row(row)
         return Request(
             request_id=request_id,
             prompt=text,
             prompt_token_ids=ids,
             params=params,
-            sampling=self._sampling_row(params, stop, generates=max_tokens > 0),
+            sampling=msgspec.structs.replace(row, seed=seed),
             stop=stop,
             max_tokens=max_tokens,
             priority=_checked_priority(priority),
@@ -202,15 +218,16 @@ class InputProcessor:
             RequestError: names the prompt by its place in the list, and the field.
         """
         many, all_prompts = _as_list(prompts)
-        all_params = _one_each(params, len(all_prompts), "sampling_params", SamplingParams)
+        given = self._checked_params(None) if params is None else params
+        all_params = _one_each(given, len(all_prompts), "sampling_params", SamplingParams)
         priorities = _one_each(priority, len(all_prompts), "priority", int)
+        resolved: dict[int, _Resolved] = {}
         requests = []
         for i, prompt in enumerate(all_prompts):
             try:
+                own_params = self._checked_params(all_params[i])
                 own_priority = 0 if priorities[i] is None else priorities[i]
-                requests.append(
-                    self.process(prompt, all_params[i], request_id=str(first_id + i), priority=own_priority)
-                )
+                requests.append(self._process(prompt, own_params, str(first_id + i), own_priority, resolved))
             except RequestError as error:
                 raise RequestError(f"prompts[{i}]: {error}" if many else str(error), error.field) from error
         return requests
@@ -278,21 +295,18 @@ class InputProcessor:
             strings=tuple(text for text in strings if text not in by_token.values()),
         )
 
-    def _sampling_row(self, params: SamplingParams, stop: StopRules, *, generates: bool) -> SamplingRow:
+    def _resolve(self, params: SamplingParams) -> _Resolved:
         if params.structured_outputs is not None and self._tokenizer is None:
-            raise RequestError(
-                "this model has no tokenizer: its answers have no text to constrain", "structured_outputs"
-            )
-        seed = self._seeds.getrandbits(64) - 2**63 if params.seed is None else params.seed
+            raise RequestError("this model has no tokenizer: there is no text to constrain", "structured_outputs")
+        stop = self._stop_rules(params)
         row = sampling_row(
             params,
             self._defaults,
-            seed=seed,
             stop_token_ids=stop.token_ids,
             tokenizer=self._tokenizer,
             num_ids=self._num_ids,
         )
-        return row if generates else prompt_only_row(seed, params.prompt_logprobs, self._num_ids)
+        return params, stop, row
 
     def _max_tokens(self, params: SamplingParams, num_prompt_tokens: int) -> int:
         room = self._max_model_len - num_prompt_tokens

@@ -23,17 +23,15 @@ def sampling_row(
     params: SamplingParams,
     defaults: ModelDefaults,
     *,
-    seed: int,
     stop_token_ids: Sequence[int],
     tokenizer: Tokenizer | None,
     num_ids: int,
 ) -> SamplingRow:
-    """What the worker is told about a request. Raises RequestError, naming the field at fault.
+    """What the worker is told about a request, but for its seed. Raises RequestError, naming the field at fault.
 
     Args:
         params: as the user gave them.
         defaults: the model's, for what `params` leave open.
-        seed: the request's, drawn where the user gave none.
         stop_token_ids: the whole stop set.
         tokenizer: None: the model has none; bad words are refused then.
         num_ids: ids are below this.
@@ -52,7 +50,6 @@ def sampling_row(
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
-        seed=seed,
         min_tokens=params.min_tokens,
         stop_token_ids=int32.pack(stop_token_ids),
         presence_penalty=float(params.presence_penalty),
@@ -68,9 +65,9 @@ def sampling_row(
     )
 
 
-def prompt_only_row(seed: int, prompt_logprobs: int | None, num_ids: int) -> SamplingRow:
+def prompt_only_row(row: SamplingRow) -> SamplingRow:
     """For a request that wants its prompt's log probabilities and no token: the one that comes with them is dropped."""
-    return SamplingRow(seed=seed, prompt_logprobs=_num_logprobs(prompt_logprobs, num_ids))
+    return SamplingRow(prompt_logprobs=row.prompt_logprobs)
 
 
 def check_known(field: str, ids: Iterable[int], num_ids: int) -> None:

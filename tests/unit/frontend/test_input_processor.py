@@ -217,6 +217,23 @@ def test_the_message_to_the_core() -> None:
     assert message.sampling == request.sampling
 
 
+def test_parameters_of_many_prompts_are_resolved_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = case_tokenizer()
+    texts: list[str] = []
+    encode = tokenizer.encode
+
+    def counted(text: str, add_special_tokens: bool = True) -> list[int]:
+        texts.append(text)
+        return encode(text, add_special_tokens)
+
+    monkeypatch.setattr(tokenizer, "encode", counted)
+    shared, other = SamplingParams(bad_words=["x"]), SamplingParams(bad_words=["b"])
+    requests = processor(tokenizer).process_many([[1], [2], [3]], [shared, other, shared])
+    assert texts == ["x", " x", "b", " b"]
+    assert [r.sampling.bad_words for r in requests] == [[int32.pack([i])] for i in (87, 65, 87)]
+    assert len({r.sampling.seed for r in requests}) == 3
+
+
 def test_everything_for_the_core_that_is_not_sampling() -> None:
     params = SamplingParams(timeout_s=2.5, structured_outputs=StructuredOutputsParams(regex="a+"))
     message = one({"prompt": "ab", "cache_salt": "tenant"}, params).for_core(0, stream=False)

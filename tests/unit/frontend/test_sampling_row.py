@@ -28,7 +28,6 @@ def row(tokenizer: Tokenizer | None = None, defaults: ModelDefaults | None = Non
     return sampling_row(
         SamplingParams(**params),
         defaults or ModelDefaults(),
-        seed=1,
         stop_token_ids=[IM_END],
         tokenizer=tokenizer or case_tokenizer(),
         num_ids=NUM_IDS,
@@ -45,7 +44,7 @@ def merging_tokenizer() -> Tokenizer:
 
 
 def test_plain_parameters_are_plain_numbers() -> None:
-    assert row() == SamplingRow(temperature=1.0, seed=1, stop_token_ids=int32.pack([IM_END]))
+    assert row() == SamplingRow(temperature=1.0, stop_token_ids=int32.pack([IM_END]))
 
 
 def test_penalties_biases_and_lists_also_for_greedy_requests() -> None:
@@ -87,9 +86,9 @@ def test_L10_extreme_penalties_stay_finite(given: float, expected: float) -> Non
 @pytest.mark.parametrize("asked, sent", [(None, None), (0, 0), (5, 5), (-1, -1), (8, -1), (1000, -1)])
 def test_L12_more_log_probabilities_than_tokens_are_all(asked: int | None, sent: int | None) -> None:
     params = SamplingParams(logprobs=asked, prompt_logprobs=asked)
-    made = sampling_row(params, ModelDefaults(), seed=0, stop_token_ids=[], tokenizer=None, num_ids=8)
+    made = sampling_row(params, ModelDefaults(), stop_token_ids=[], tokenizer=None, num_ids=8)
     assert (made.logprobs, made.prompt_logprobs) == (sent, sent)
-    assert prompt_only_row(3, asked, 8) == SamplingRow(seed=3, prompt_logprobs=sent)
+    assert prompt_only_row(made) == SamplingRow(prompt_logprobs=sent)
 
 
 @pytest.mark.parametrize(
