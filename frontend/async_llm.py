@@ -18,10 +18,11 @@ from folovllm.common.sampling_params import SamplingParams
 from folovllm.frontend.chat_request import ChatOptions, Conversation, render
 from folovllm.frontend.engine_options import EngineOptions, check_names
 from folovllm.frontend.engine_process import close_in_owner
-from folovllm.frontend.input_processor import Prompt, RenderedChat, Request
+from folovllm.frontend.input_processor import Request
 from folovllm.frontend.opening import open_engine
 from folovllm.frontend.output_processor import RequestState
 from folovllm.frontend.outputs import RequestOutput
+from folovllm.frontend.prompts import Prompt, RenderedChat
 from folovllm.frontend.startup_table import StartupReport
 from folovllm.frontend.tokenizer import Tokenizer
 

@@ -5,7 +5,7 @@ from typing import Any, TypedDict, cast
 
 from folovllm.common.errors import RequestError
 from folovllm.frontend.chat_template import ChatTemplate, Message
-from folovllm.frontend.input_processor import RenderedChat
+from folovllm.frontend.prompts import RenderedChat
 
 Conversation = Sequence[Message]
 

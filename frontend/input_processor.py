@@ -8,7 +8,7 @@ drawn where none is given, so that a request that is computed again goes on exac
 import dataclasses
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 import msgspec
 
@@ -19,39 +19,14 @@ from folovllm.common.sampling_params import SamplingParams
 from folovllm.frontend import int32
 from folovllm.frontend.detokenizer import stop_strings_by_token
 from folovllm.frontend.generation_defaults import ModelDefaults
+from folovllm.frontend.prompts import Prompt, RenderedChat, as_list, checked_ids, unwrapped
 from folovllm.frontend.sampling_row import check_known, prompt_only_row, sampling_row
 from folovllm.frontend.tokenizer import Tokenizer
 
 _PRIORITY_LIMIT = 2**31
-MAX_CACHE_SALT_CHARACTERS = 256
 # Log probabilities of one prompt, all alternatives counted: 32 MiB in the message that brings them at the latest
 # together, below the bound on frames by eight times; as `Logprob` objects about 500 MB.
 MAX_PROMPT_LOGPROBS = 2**22
-
-
-class TextPrompt(TypedDict):
-    """A prompt as text. cache_salt: only requests with the same one share what is computed of their prompts."""
-
-    prompt: str
-    cache_salt: NotRequired[str]
-
-
-class TokensPrompt(TypedDict):
-    """A prompt as token ids; nothing is put in front of them. cache_salt: as for TextPrompt."""
-
-    prompt_token_ids: Sequence[int]
-    cache_salt: NotRequired[str]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class RenderedChat:
-    """A conversation as the chat template wrote it, special tokens included: the tokenizer adds none."""
-
-    text: str
-    cache_salt: str | None = None
-
-
-Prompt = str | Sequence[int] | TextPrompt | TokensPrompt | RenderedChat
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -179,7 +154,7 @@ class InputProcessor:
         self, prompt: Prompt, params: SamplingParams, request_id: str, priority: int, resolved: dict[int, _Resolved]
     ) -> Request:
         """`resolved`: by identity, parameters that other requests of the same call have brought."""
-        given, salt = _unwrapped(prompt)
+        given, salt = unwrapped(prompt)
         text, ids = self._prompt_ids(given, rendered=isinstance(prompt, RenderedChat))
         ids = self._truncated(ids, params)
         max_tokens = self._max_tokens(params, len(ids))
@@ -217,7 +192,7 @@ class InputProcessor:
         Raises:
             RequestError: names the prompt by its place in the list, and the field.
         """
-        many, all_prompts = _as_list(prompts)
+        many, all_prompts = as_list(prompts)
         given = self._checked_params(None) if params is None else params
         all_params = _one_each(given, len(all_prompts), "sampling_params", SamplingParams)
         priorities = _one_each(priority, len(all_prompts), "priority", int)
@@ -243,7 +218,7 @@ class InputProcessor:
 
     def _prompt_ids(self, given: Any, *, rendered: bool) -> tuple[str | None, list[int]]:
         if not isinstance(given, str):
-            return None, _checked_ids(given, self._num_ids)
+            return None, checked_ids(given, self._num_ids)
         if not given:
             raise RequestError("prompt is empty: it needs at least one character", "prompt")
         if self._tokenizer is None:
@@ -325,21 +300,6 @@ class InputProcessor:
         return room if params.max_tokens is None else min(params.max_tokens, room)
 
 
-def _as_list(prompts: Any) -> tuple[bool, Sequence[Any]]:
-    """Whether a list of prompts was given, and the prompts."""
-    if isinstance(prompts, str | Mapping | RenderedChat):
-        return False, [prompts]
-    if isinstance(prompts, bytes) or not isinstance(prompts, Sequence):
-        raise RequestError(
-            f"prompts must be a string, token ids, a dict or a list of these, not {type(prompts).__name__}", "prompts"
-        )
-    if not prompts:
-        raise RequestError("prompts is an empty list: it holds neither a prompt nor a token id", "prompts")
-    if isinstance(prompts[0], str | Mapping | RenderedChat | Sequence):
-        return True, prompts
-    return False, [prompts]
-
-
 def _one_each(given: Any, count: int, name: str, kind: type) -> Sequence[Any]:
     """`given` as a list of `count`: repeated where it is one, as it is where it is a list of that length."""
     if given is None or isinstance(given, kind):
@@ -349,59 +309,6 @@ def _one_each(given: Any, count: int, name: str, kind: type) -> Sequence[Any]:
     if len(given) != count:
         raise RequestError(f"{name} has {len(given)} entries for {count} prompts; give one, or one for each", name)
     return given
-
-
-def _unwrapped(prompt: Any) -> tuple[Any, str]:
-    """What the prompt is, text or ids, and its cache salt."""
-    if isinstance(prompt, RenderedChat):
-        return prompt.text, _checked_salt(prompt.cache_salt)
-    if not isinstance(prompt, Mapping):
-        return prompt, ""
-    keys = set(prompt) - {"cache_salt"}
-    if keys not in ({"prompt"}, {"prompt_token_ids"}):
-        shown = ", ".join(sorted(str(key)[:40] for key in keys)) or "none"
-        raise RequestError(
-            f"a prompt dict has either prompt or prompt_token_ids, and perhaps cache_salt; got {shown}", "prompt"
-        )
-    (key,) = keys
-    value = prompt[key]
-    if key == "prompt" and not isinstance(value, str):
-        raise RequestError(f"prompt must be a string, not {type(value).__name__}", "prompt")
-    if key == "prompt_token_ids" and isinstance(value, str):
-        raise RequestError("prompt_token_ids must be a list of token ids, not str", "prompt_token_ids")
-    return value, _checked_salt(prompt.get("cache_salt"))
-
-
-def _checked_salt(salt: Any) -> str:
-    if salt is None:
-        return ""
-    if not isinstance(salt, str) or not 0 < len(salt) <= MAX_CACHE_SALT_CHARACTERS or not salt.isprintable():
-        raise RequestError(
-            f"cache_salt must be a string of 1 to {MAX_CACHE_SALT_CHARACTERS} printable characters", "cache_salt"
-        )
-    return salt
-
-
-def _checked_ids(ids: Any, num_ids: int) -> list[int]:
-    if isinstance(ids, bytes) or not isinstance(ids, Sequence):
-        raise RequestError(
-            f"a prompt must be text or a list of token ids, not {type(ids).__name__}", "prompt_token_ids"
-        )
-    if not ids:
-        raise RequestError("prompt_token_ids is empty: a prompt has at least one token", "prompt_token_ids")
-    if set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < num_ids:  # the usual case, without a loop
-        return list(ids)
-    for i, value in enumerate(ids):
-        if type(value) is not int:
-            raise RequestError(
-                f"prompt_token_ids[{i}] must be a token id (int), not {type(value).__name__}", "prompt_token_ids"
-            )
-        if not 0 <= value < num_ids:
-            raise RequestError(
-                f"prompt_token_ids[{i}]={value} is no token of this model: ids are 0 to {num_ids - 1}",
-                "prompt_token_ids",
-            )
-    raise AssertionError("one of the ids failed the check above")
 
 
 def _checked_priority(priority: Any) -> int:

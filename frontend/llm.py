@@ -20,11 +20,12 @@ from folovllm.frontend.batch import Batch
 from folovllm.frontend.chat_request import ChatOptions, Conversation, render, render_many
 from folovllm.frontend.engine_options import EngineOptions, check_names
 from folovllm.frontend.engine_process import close_in_owner
-from folovllm.frontend.input_processor import Prompt, Request
+from folovllm.frontend.input_processor import Request
 from folovllm.frontend.opening import open_engine
 from folovllm.frontend.output_processor import RequestState
 from folovllm.frontend.outputs import RequestOutput
 from folovllm.frontend.progress import Progress
+from folovllm.frontend.prompts import Prompt
 from folovllm.frontend.startup_table import StartupReport
 from folovllm.frontend.tokenizer import Tokenizer
 

@@ -13,8 +13,8 @@ from typing import cast
 
 from folovllm.common.errors import FoloVLLMError
 from folovllm.common.sampling_params import SamplingParams
-from folovllm.frontend.input_processor import Prompt, RenderedChat
 from folovllm.frontend.outputs import CompletionOutput, RequestOutput
+from folovllm.frontend.prompts import Prompt, RenderedChat
 from folovllm.frontend.server.context import ServerContext
 from folovllm.frontend.server.errors import to_api_error
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from folovllm.common.errors import RequestError
 from folovllm.common.structured_outputs import StructuredOutputsParams
-from folovllm.frontend.input_processor import RenderedChat
+from folovllm.frontend.prompts import RenderedChat
 from folovllm.frontend.server.answer_parts import AnswerSplitter
 from folovllm.frontend.server.answers import Job, to_prompt
 from folovllm.frontend.server.context import ServerContext

@@ -12,7 +12,8 @@ from folovllm.common.sampling_params import SamplingParams
 from folovllm.common.structured_outputs import StructuredOutputsParams
 from folovllm.frontend import int32
 from folovllm.frontend.generation_defaults import ModelDefaults
-from folovllm.frontend.input_processor import InputProcessor, Prompt, RenderedChat, Request
+from folovllm.frontend.input_processor import InputProcessor, Request
+from folovllm.frontend.prompts import Prompt, RenderedChat
 from folovllm.frontend.tokenizer import Tokenizer
 from tests.fakes.tokenizers_ import case_tokenizer, llama3_like_backend
 
@@ -262,13 +263,6 @@ def test_L16_a_prompt_whose_log_probabilities_are_wanted_is_computed_whole(param
     request = one("ab", SamplingParams(**params))
     assert request.for_core(0, stream=False).skip_reading_prefix_cache is skips
     assert request.reports_logprobs is ("logprobs" in params or "prompt_logprobs" in params)
-
-
-@pytest.mark.parametrize("salt", ["", 5, "x" * 257, "a\nb", "\ud800"])
-def test_a_salt_that_is_none_is_refused(salt: Any) -> None:
-    with pytest.raises(RequestError, match="cache_salt must be a string of 1 to 256 printable") as caught:
-        one({"prompt_token_ids": [1], "cache_salt": salt})
-    assert caught.value.field == "cache_salt"
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ from folovllm.common.messages.frontend_core import EngineCoreRequest, RejectedRe
 from folovllm.common.sampling_params import SamplingParams
 from folovllm.frontend import int32
 from folovllm.frontend.batch import Batch
-from folovllm.frontend.input_processor import Prompt
 from folovllm.frontend.llm import LLM
+from folovllm.frontend.prompts import Prompt
 from tests.fakes.fake_core_for_frontend import FakeCore
 from tests.fakes.model_folder import IM_END, ids_of, write_model_folder
 
