@@ -16,6 +16,9 @@ from folovllm.frontend.logprobs import TokenLogprobs, places
 from folovllm.frontend.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from folovllm.frontend.tokenizer import Tokenizer
 
+# Fields of the core's messages that are not named as the parameters that they were made from.
+_USERS_NAMES = {"grammar": "structured_outputs", "bias_token_ids": "logit_bias", "bias_values": "logit_bias"}
+
 
 class Answer:
     """One of the `n` answers to a request, as far as it is known.
@@ -374,4 +377,4 @@ def _rejection(rejected: RejectedRequest, request_id: str) -> FoloVLLMError:
         return QueueFullError(message, rejected.retry_after_s)
     if rejected.kind == "draining":
         return EngineDeadError(message)
-    return RequestError(message, rejected.field or None)
+    return RequestError(message, _USERS_NAMES.get(rejected.field, rejected.field) or None)

@@ -300,6 +300,18 @@ def test_refusals_raise_and_leave_nothing(rejected: RejectedRequest, error: type
         state.take_delta()
 
 
+@pytest.mark.parametrize(
+    "field, name", [("grammar", "structured_outputs"), ("bias_values", "logit_bias"), ("top_k", "top_k"), ("", None)]
+)
+def test_refused_fields_have_the_users_names(field: str, name: str | None) -> None:
+    frontend = Frontend()
+    state = frontend.add()
+    frontend.report(rejected=[RejectedRequest(0, "invalid", "wrong", field)])
+    with pytest.raises(RequestError) as caught:
+        state.whole()
+    assert caught.value.field == name
+
+
 def test_one_failed_answer_fails_its_request_and_no_other() -> None:
     frontend = Frontend()
     state, other = frontend.add(n=2), frontend.add()
