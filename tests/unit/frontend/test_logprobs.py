@@ -4,6 +4,8 @@ import struct
 from collections.abc import Sequence
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from folovllm.common.errors import ProtocolError
 from folovllm.common.messages.core_worker import Logprobs
@@ -118,6 +120,14 @@ def test_a_character_of_several_tokens_is_the_last_ones_text() -> None:
 
 def test_an_alternative_that_does_not_continue_a_character_is_shown_by_itself() -> None:
     assert texts(case_tokenizer(), [123918, 64], 1150) == [["", "DE"], ["a", "DE"]]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.text(max_size=12))
+def test_the_texts_of_the_chosen_tokens_join_to_the_text(text: str) -> None:
+    tokenizer = case_tokenizer()
+    ids = [token_id for character in text for token_id in tokenizer.encode(character, add_special_tokens=False)]
+    assert "".join(made[0] or "" for made in texts(tokenizer, ids)) == text
 
 
 def test_pieces_with_a_blank_keep_it_and_bytes_wait_for_their_character() -> None:
