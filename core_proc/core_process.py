@@ -25,6 +25,7 @@ from folovllm.common.messages.lifecycle import (
 )
 from folovllm.common.model_config import read_model_config
 from folovllm.common.stop_signals import StopRequested
+from folovllm.common.trace_file import TRACE_VERSION, TraceHeader, TraceWriter
 from folovllm.common.transport import Authenticator, bind, new_socket, remove_socket_file, runtime_dir_of
 from folovllm.core_proc.admission import Admission
 from folovllm.core_proc.block_pool import BlockPool
@@ -36,6 +37,7 @@ from folovllm.core_proc.observer import Observer
 from folovllm.core_proc.parent_link import ParentLink
 from folovllm.core_proc.request_queue import RequestQueue
 from folovllm.core_proc.scheduler import ChunkBounds, Scheduler
+from folovllm.core_proc.tracing import FileSink
 from folovllm.core_proc.waiter import Waiter
 
 _WORKER_GRACE_S = 2.0  # from the request to end to SIGKILL
@@ -72,6 +74,7 @@ class CoreProcess:
         self._authenticator: Authenticator | None = None
         self._executor: Executor | None = None
         self._frontends: Frontends | None = None
+        self._sink: FileSink | None = None
 
     def run(self) -> int:
         """From the Hello to the last clean-up; returns the exit code."""
@@ -156,7 +159,11 @@ class CoreProcess:
             logits_processors=config.logits_processors,
         )
         observer = Observer(
-            scheduler=scheduler, pool=pool, frontends=self._frontends, log_interval_s=config.log_interval_s
+            scheduler=scheduler,
+            pool=pool,
+            frontends=self._frontends,
+            log_interval_s=config.log_interval_s,
+            sink=self._open_trace(config, max_model_len, pool.num_usable),
         )
         return EngineCore(
             waiter=self._waiter,
@@ -168,6 +175,30 @@ class CoreProcess:
             observer=observer,
             pipeline_depth=config.pipeline_depth,
         )
+
+    def _open_trace(self, config: EngineConfig, max_model_len: int, num_blocks: int) -> FileSink | None:
+        if config.trace_file is None:
+            return None
+        header = TraceHeader(
+            version=TRACE_VERSION,
+            folovllm_version=folovllm.__version__,
+            model=config.model,
+            started_at=time.time(),
+            block_size=config.block_size,
+            num_blocks=num_blocks,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=max_model_len,
+            scheduling_policy=config.scheduling_policy,
+            enable_prefix_caching=config.enable_prefix_caching,
+            long_prefill_token_threshold=config.long_prefill_token_threshold,
+            max_num_partial_prefills=config.max_num_partial_prefills,
+            target_itl_s=None if config.target_itl_ms is None else config.target_itl_ms / 1000,
+            pipeline_depth=config.pipeline_depth,
+        )
+        self._sink = FileSink(TraceWriter(config.trace_file, header))
+        logger.info("recording the scheduler's decisions, and all token ids, in %s", config.trace_file)
+        return self._sink
 
     def _remove_at_end(self, runtime_dir: pathlib.Path | None) -> None:
         if runtime_dir is not None:
@@ -198,6 +229,8 @@ class CoreProcess:
         self._remove_socket_file()
         if self._executor is not None:
             self._executor.close(_WORKER_GRACE_S)
+        if self._sink is not None:
+            self._sink.close()
         if self._authenticator is not None:
             self._authenticator.close()
         self._context.destroy(_LINGER_MS)

@@ -26,7 +26,7 @@ from folovllm.core_proc.executor import Executor
 from folovllm.core_proc.frontends import Frontend, Frontends
 from folovllm.core_proc.observer import Observer
 from folovllm.core_proc.parent_link import ParentLink
-from folovllm.core_proc.request import RequestStatus
+from folovllm.core_proc.request import Request, RequestStatus
 from folovllm.core_proc.scheduler import Scheduler, StepOutcome, only_ends
 from folovllm.core_proc.waiter import Waiter
 
@@ -58,6 +58,7 @@ class EngineCore:
         self._scheduler = scheduler
         self._executor = executor
         self._observer = observer
+        self._recorder = observer.recorder
         self._deadlines = Deadlines()
         self._pipeline_depth = pipeline_depth
         self._is_checked = True
@@ -83,7 +84,7 @@ class EngineCore:
         if self._parent.socket in sources:
             self._parent.pass_over_frames()
         self._executor.check(sources, now_s)
-        self._observer.log_state(now_s)
+        self._observer.look(now_s)
         self._check_when_idle(sources)
 
     def _timeout_ms(self) -> int | None:
@@ -100,6 +101,7 @@ class EngineCore:
                     self._abort(frontend, message.numbers, now_s)
                 case ResetPrefixCache():
                     self._scheduler.reset_prefix_cache()
+                    self._recorder.cache_reset(now_s)
                     self._frontends.send(frontend, self._observer.stats(message.ticket))
                 case GetStats():
                     self._frontends.send(frontend, self._observer.stats(message.ticket))
@@ -132,6 +134,7 @@ class EngineCore:
         for request in requests:
             frontend.requests[request.number] = request
             self._scheduler.add_request(request)
+            self._recorder.added(request, now_s)
         if message.timeout_s is not None:
             self._deadlines.add(requests, now_s + message.timeout_s)
 
@@ -142,19 +145,24 @@ class EngineCore:
             if (request := frontend.requests.pop(number, None)) is not None
         ]
         if requests:
-            self._scheduler.finish_requests(requests, RequestStatus.FINISHED_ABORTED, now_s)
+            self._finish(requests, RequestStatus.FINISHED_ABORTED, now_s)
 
     def _abort_orphans(self, now_s: float) -> None:
         orphans = self._frontends.take_orphans()
         if orphans:
-            self._scheduler.finish_requests(orphans, RequestStatus.FINISHED_ABORTED, now_s)
+            self._finish(orphans, RequestStatus.FINISHED_ABORTED, now_s)
 
     def _end_overdue(self, now_s: float) -> list[StepOutcome]:
         """Requests whose time is over end with the tokens that have arrived, wherever they are."""
         overdue = self._deadlines.take_due(now_s)
         if not overdue:
             return []
-        return [only_ends(self._scheduler.finish_requests(overdue, RequestStatus.FINISHED_TIMED_OUT, now_s))]
+        return [only_ends(self._finish(overdue, RequestStatus.FINISHED_TIMED_OUT, now_s))]
+
+    def _finish(self, requests: list[Request], status: RequestStatus, now_s: float) -> list[Request]:
+        ended = self._scheduler.finish_requests(requests, status, now_s)
+        self._recorder.stopped(ended, now_s)
+        return ended
 
     def _collect(self, now_s: float) -> list[StepOutcome]:
         outcomes = []
@@ -166,6 +174,7 @@ class EngineCore:
             except ProtocolError as error:
                 self._executor.refuse(str(error))
                 continue
+            self._recorder.updated(output, outcome.finished, now_s)
             if outcome.finished:
                 self._admission.pace.note(len(outcome.finished), now_s)
             outcomes.append(outcome)
@@ -174,6 +183,7 @@ class EngineCore:
     def _submit(self, now_s: float) -> None:
         while self._executor.num_in_flight < self._pipeline_depth:
             step = self._scheduler.schedule(now_s)
+            self._recorder.scheduled(step, now_s)
             if step is None:
                 return
             self._executor.submit(step, now_s)

@@ -1,4 +1,4 @@
-"""What the engine tells about itself: its figures on request, and a line in the log now and then."""
+"""What the engine tells about itself: its figures on request, a line in the log now and then, a trace if wanted."""
 
 from folovllm.common.log import get_logger
 from folovllm.common.messages.frontend_core import EngineStats
@@ -6,23 +6,32 @@ from folovllm.core_proc.block_pool import BlockPool
 from folovllm.core_proc.frontends import Frontends
 from folovllm.core_proc.scheduler import Scheduler
 from folovllm.core_proc.state_log import StateLog
+from folovllm.core_proc.tracing import NoRecorder, Recorder, Sink, TraceRecorder
 
 logger = get_logger(__name__)
 
 
 class Observer:
-    """Looks at an engine's parts and changes none of them."""
+    """Looks at an engine's parts and changes none of them. `recorder` is to be told of the scheduler's doors."""
 
     def __init__(
-        self, *, scheduler: Scheduler, pool: BlockPool, frontends: Frontends, log_interval_s: float = 0.0
+        self,
+        *,
+        scheduler: Scheduler,
+        pool: BlockPool,
+        frontends: Frontends,
+        log_interval_s: float = 0.0,
+        sink: Sink | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._pool = pool
         self._frontends = frontends
         self._state_log = StateLog(log_interval_s)
+        self.recorder: Recorder = NoRecorder() if sink is None else TraceRecorder(scheduler, pool, sink)
 
-    def log_state(self, now_s: float) -> None:
-        """Logs a line if one is due; to be called in every turn."""
+    def look(self, now_s: float) -> None:
+        """Once in every turn: logs a line if one is due, and lets others read the trace up to here."""
+        self.recorder.flush(now_s)
         if self._state_log.is_due(now_s, self._scheduler.has_unfinished):
             logger.info("%s", self._state_log.line(now_s, self.stats(0)))
 

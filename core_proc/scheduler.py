@@ -159,6 +159,10 @@ class Scheduler:
         """Their prompt tokens; a child counts as one (see `Request.num_queue_tokens`)."""
         return self._queue.num_tokens + self._num_parked
 
+    def request_in(self, slot: int) -> Request:
+        """The request that has the slot, which must be in use."""
+        return self._table.request(slot)
+
     @property
     def has_unfinished(self) -> bool:
         return self.num_running > 0 or self.num_waiting > 0
