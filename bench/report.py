@@ -18,6 +18,8 @@ FIGURES = {
     "m1": ("m1_one_request", "Gaps between the tokens of one request"),
     "m2": ("m2_continuous_batching", "Output tokens per second over the number of requests at once"),
     "m3": ("m3_kv_memory", "Tokens reserved and held over a run"),
+    "m5": ("m5_chunked_prefill", "The streams' worst gaps against the wait for the prompt's first token"),
+    "m6": ("m6_prefix_reuse", "A conversation with and without the prefix cache"),
     "startup": ("startup", "When each phase of the start ran"),
 }
 PAGE = pathlib.Path(__file__).resolve().parent.parent / "docs" / "performance.md"
@@ -74,6 +76,47 @@ def m3(result: dict[str, Any]) -> str:
     return f"{head}contiguous: {result['max_model_len']:,} tokens each\n\n{table(headers, rows)}\n\n{foot}"
 
 
+def m5(result: dict[str, Any]) -> str:
+    names = ("gap_p50_ms", "gap_p99_ms", "gap_max_ms", "ttft_ms")
+    rows = [[name, *(f"{row[each]:.0f}" for each in names)] for name, row in result["rows"].items()]
+    headers = ["", "gap p50, ms", "gap p99, ms", "gap max, ms", "first token of the prompt, ms"]
+    figures = table(headers, rows)
+    targets = [
+        [
+            f"{each['target_ms']:.0f} ms",
+            f"{each['p99_of_target']:.2f}",
+            f"{each['ttft_of_best_chunk']:.2f}" if each["ttft_of_best_chunk"] else "no fixed chunk is as smooth",
+        ]
+        for each in result["targets"]
+    ]
+    compared = table(
+        ["target", "p99 of the target (goal 1.3)", "first token, of the best fixed chunk as smooth (goal 1.25)"],
+        targets,
+    )
+    lost = f"Throughput lost to chunks at no target: {result['throughput']['lost']:.1%} (goal 5 %)."
+    head = f"{result['num_streams']} streams while a prompt of {result['prompt_len']:,} tokens arrives"
+    return f"{head}\n\n{figures}\n\n{compared}\n\n{lost}"
+
+
+def m6(result: dict[str, Any]) -> str:
+    system, many, nothing = result["shared_prefix"], result["many_sharing"], result["nothing_shared"]
+    sizes = result["sizes"]
+    rows = [
+        ["time to first token, cold", f"{system['cold_ms']:.0f} ms", ""],
+        ["time to first token, warm", f"{system['warm_ms']:.0f} ms, {system['ratio']:.3f} of cold", "0.15"],
+        [
+            f"{sizes['num_sharing']} requests at once, each {sizes['output']} tokens",
+            f"{many['faster']:.1f} times the requests/s, {many['hit_rate']:.0%} of prompt tokens found",
+            "3 times",
+        ],
+        ["cost of the cache where nothing is shared", f"{nothing['cost']:.1%}", "3 %"],
+    ]
+    head = f"{sizes['prefix']:,} shared tokens and {sizes['own']} of one's own"
+    turns = [[f"{value:.0f}" for value in row.values()] for row in result["multi_turn"]]
+    headers = ["turn", "prompt tokens", "found", "first token, ms", "without the cache, ms"]
+    return f"{table([head, 'median', 'goal'], rows)}\n\n{table(headers, turns)}"
+
+
 def startup(result: dict[str, Any]) -> str:
     rows = [
         ["`import folovllm`", f"{result['import_ms']:.1f} ms", "50 ms"],
@@ -107,6 +150,8 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "m1": of_result(m1),
     "m2": of_result(m2),
     "m3": of_result(m3),
+    "m5": of_result(m5),
+    "m6": of_result(m6),
     "startup": of_result(startup),
     "core_step": core_step,
 }

@@ -82,5 +82,9 @@ def test_a_note_has_all_its_parts(note: pathlib.Path) -> None:
     assert questions.count("*Follow-up:") >= 8
 
 
-def test_there_are_three_notes() -> None:
-    assert [note.name[:2] for note in NOTES] == ["01", "02", "03"]
+def test_notes_are_numbered_and_listed() -> None:
+    numbers = [note.name[:2] for note in NOTES]
+    assert numbers[:3] == ["01", "02", "03"]
+    assert numbers == sorted(set(numbers))
+    listed = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    assert [note.name for note in NOTES if f"(learn/{note.name})" not in listed] == []
