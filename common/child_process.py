@@ -121,14 +121,23 @@ def _signal_name(number: int) -> str:
     return f"SIGRTMIN+{number - signal.SIGRTMIN}" if signal.SIGRTMIN < number < signal.SIGRTMAX else f"signal {number}"
 
 
+def run_module(module: str, arguments: Sequence[str]) -> int:
+    """Runs `python -m module arguments` in the foreground, with this process's output; returns its exit code."""
+    command = [sys.executable, "-P", "-m", module, *arguments]
+    return subprocess.run(command, env=child_environment(_package_parent()), check=False).returncode
+
+
+def _package_parent() -> str:
+    return str(pathlib.Path(folovllm.__file__).resolve().parent.parent)
+
+
 def _start(command: list[str], death_read: int) -> "subprocess.Popen[bytes]":
-    package_parent = str(pathlib.Path(folovllm.__file__).resolve().parent.parent)
     return subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=2,  # the parent's stdout belongs to the user's program
         pass_fds=(death_read,),
-        env=child_environment(package_parent),
+        env=child_environment(_package_parent()),
         start_new_session=True,  # Ctrl-C in the terminal reaches the parent alone, which then stops its children
     )
 

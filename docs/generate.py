@@ -259,17 +259,28 @@ def environment_rows() -> list[list[str]]:
 
 
 def cli_page() -> str:
-    commands = [cli_main.cli.commands[name] for name in sorted(cli_main.cli.commands)]
+    named = list(commands(cli_main.cli))
     overview = _table(
-        ["command", "what it does"], [[_command_link(c), _text(c.get_short_help_str(200))] for c in commands]
+        ["command", "what it does"],
+        [[_command_link(name), _text(command.get_short_help_str(200))] for name, command in named],
     )
     codes = [text for text in _doc(cli_main).paragraphs if text.startswith("Exit codes")]
-    parts = [part for command in commands for part in _command(command)]
+    parts = [part for name, command in named for part in _command(name, command)]
     return _page("Command line", "`frontend/cli/`", _help(cli_main.cli), overview, *codes, *parts)
 
 
-def _command_link(command: click.Command) -> str:
-    return f"[`folovllm {command.name}`](#folovllm-{command.name})"
+def commands(group: click.Group, prefix: str = "") -> Iterator[tuple[str, click.Command]]:
+    """The commands below a group with their whole names, such as "trace show"."""
+    for name in sorted(group.commands):
+        command = group.commands[name]
+        if isinstance(command, click.Group):
+            yield from commands(command, f"{prefix}{name} ")
+        else:
+            yield prefix + name, command
+
+
+def _command_link(name: str) -> str:
+    return f"[`folovllm {name}`](#folovllm-{name.replace(' ', '-')})"
 
 
 def _help(command: click.Command) -> str:
@@ -278,10 +289,10 @@ def _help(command: click.Command) -> str:
     return "\n\n".join(_text(paragraph) for paragraph in parse_docstring(command.help).paragraphs)
 
 
-def _command(command: click.Command) -> Iterator[str]:
-    context = click.Context(command, info_name=f"folovllm {command.name}")
-    yield f"## folovllm {command.name}"
-    yield f"```sh\nfolovllm {command.name} {' '.join(command.collect_usage_pieces(context))}\n```"
+def _command(name: str, command: click.Command) -> Iterator[str]:
+    context = click.Context(command, info_name=f"folovllm {name}")
+    yield f"## folovllm {name}"
+    yield f"```sh\nfolovllm {name} {' '.join(command.collect_usage_pieces(context))}\n```"
     yield _help(command)
     groups: dict[str, list[list[str]]] = {}
     for parameter in command.params:
