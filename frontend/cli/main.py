@@ -16,6 +16,7 @@ from folovllm.frontend.cli.engine import engine
 from folovllm.frontend.cli.env import env
 from folovllm.frontend.cli.generate import generate
 from folovllm.frontend.cli.stop_signals import SHELL_SIGNAL_BASE, exit_in_order
+from folovllm.frontend.cli.trace import trace
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -28,7 +29,7 @@ def cli() -> None:
     """
 
 
-for _command in (generate, chat, engine, env):
+for _command in (generate, chat, engine, env, trace):
     cli.add_command(_command)
 
 
