@@ -157,6 +157,19 @@ def cache_dir() -> pathlib.Path:
     return pathlib.Path(set_by_user).expanduser() if set_by_user else pathlib.Path.home() / ".cache" / "folovllm"
 
 
+def api_keys_from_environment() -> tuple[str, ...]:
+    """Keys that the HTTP server asks for: $FOLOVLLM_API_KEYS, separated by commas."""
+    return tuple(key.strip() for key in os.environ.get("FOLOVLLM_API_KEYS", "").split(",") if key.strip())
+
+
+def share_metrics(folder: str) -> None:
+    """Tells prometheus_client that several processes count together, through files in `folder`.
+
+    It reads this when it is imported.
+    """
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+
+
 def default_log_level() -> str:
     """Level used where none is given: $FOLOVLLM_LOG_LEVEL, else "warning" for libraries' sake."""
     return os.environ.get("FOLOVLLM_LOG_LEVEL", "warning")

@@ -86,6 +86,11 @@ class AsyncLLM:
         """What the engine said about itself: its model's folder, the longest prompt and answer, and so on."""
         return self._open.client.welcome
 
+    @property
+    def failure(self) -> FoloVLLMError | None:
+        """What ended the engine, or `close`; None while it serves."""
+        return self._failure
+
     def render_chat(self, messages: Conversation, **template: Unpack[ChatOptions]) -> RenderedChat:
         """The prompt that `chat` makes of a conversation, for `generate`. Raises RequestError."""
         return render(self._open.chat, messages, template)

@@ -22,6 +22,8 @@ _PACKAGES = (
     "click",
     "tqdm",
     "gguf",
+    "starlette",
+    "uvicorn",
     "numba",
     "triton",
     "transformers",

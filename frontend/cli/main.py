@@ -15,6 +15,7 @@ from folovllm.frontend.cli.chat import chat
 from folovllm.frontend.cli.engine import engine
 from folovllm.frontend.cli.env import env
 from folovllm.frontend.cli.generate import generate
+from folovllm.frontend.cli.serve import serve
 from folovllm.frontend.cli.stop_signals import SHELL_SIGNAL_BASE, exit_in_order
 from folovllm.frontend.cli.trace import trace
 
@@ -29,7 +30,7 @@ def cli() -> None:
     """
 
 
-for _command in (generate, chat, engine, env, trace):
+for _command in (generate, chat, serve, engine, env, trace):
     cli.add_command(_command)
 
 

@@ -13,7 +13,7 @@ from typing import cast
 
 from folovllm.common.errors import FoloVLLMError
 from folovllm.common.sampling_params import SamplingParams
-from folovllm.frontend.outputs import CompletionOutput, RequestOutput
+from folovllm.frontend.outputs import CompletionOutput, Logprob, RequestOutput
 from folovllm.frontend.prompts import Prompt, RenderedChat
 from folovllm.frontend.server.context import ServerContext
 from folovllm.frontend.server.errors import to_api_error
@@ -143,9 +143,12 @@ class Gathered:
         self.num_tokens = 0
         self._parts: dict[int, _Part] = {}
         self._latest: RequestOutput | None = None
+        self._prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
     def add(self, output: RequestOutput) -> None:
         self._latest = output
+        if output.prompt_logprobs is not None:  # one output of a stream has them
+            self._prompt_logprobs = output.prompt_logprobs
         for part in output.outputs:
             self.num_tokens += len(part.token_ids)
             self._parts.setdefault(part.index, _Part()).pieces.append(part)
@@ -154,8 +157,9 @@ class Gathered:
         """What was added since the last call, at least one output."""
         assert self._latest is not None, "nothing was added"
         outputs = [part.joined() for _, part in sorted(self._parts.items())]
-        self._parts, self.num_tokens = {}, 0
-        return replace(self._latest, outputs=outputs)
+        taken = replace(self._latest, outputs=outputs, prompt_logprobs=self._prompt_logprobs)
+        self._parts, self.num_tokens, self._prompt_logprobs = {}, 0, None
+        return taken
 
 
 class _Part:

@@ -9,7 +9,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
@@ -22,6 +22,7 @@ from folovllm.frontend.server.errors import ApiError, error_response, to_api_err
 from folovllm.frontend.server.gate import Gate
 from folovllm.frontend.server.options import ServerOptions
 
+_CLIENT_LEFT = 499  # nginx's number; nobody reads it but the log line and the metrics
 _ENDPOINT_MODULES = (operations, models, chat, completions)
 
 
@@ -74,6 +75,8 @@ def _answering_errors(handler: Callable[[Request], Awaitable[Response]]) -> Call
             return await handler(request)
         except (ApiError, FoloVLLMError) as error:
             return error_response(to_api_error(error), request.scope["path"])
+        except ClientDisconnect:
+            return Response(status_code=_CLIENT_LEFT)
 
     return answer
 

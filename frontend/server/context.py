@@ -43,7 +43,7 @@ class ServerContext:
         self.llm = llm
         self.options = options
         self.model_names = options.served_model_names or (Path(llm.info.model).name,)
-        self.metrics = ServerMetrics(self.model_names[0])
+        self.metrics = ServerMetrics(self.model_names[0], in_several_processes=options.api_server_count > 1)
         self.created = int(time.time())
         self.draining = False
         self._active: Counter[str] = Counter()

@@ -1,5 +1,6 @@
 """Options are checked when they are made; the message names option, value and range."""
 
+import os
 import pathlib
 
 import msgspec
@@ -7,11 +8,13 @@ import pytest
 
 from folovllm.common.config import (
     EngineConfig,
+    api_keys_from_environment,
     cache_dir,
     check_optional_range,
     check_range,
     child_environment,
     default_log_level,
+    share_metrics,
 )
 from folovllm.common.errors import ConfigError
 
@@ -93,6 +96,13 @@ def test_the_environment_is_read_here(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_log_level() == "debug"
     monkeypatch.delenv("FOLOVLLM_LOG_LEVEL")
     assert default_log_level() == "warning"
+    monkeypatch.setenv("FOLOVLLM_API_KEYS", " one, ,two ")
+    assert api_keys_from_environment() == ("one", "two")
+    monkeypatch.delenv("FOLOVLLM_API_KEYS")
+    assert api_keys_from_environment() == ()
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "")  # so that it is put back
+    share_metrics("/a/folder")
+    assert os.environ["PROMETHEUS_MULTIPROC_DIR"] == "/a/folder"
 
 
 def test_a_child_finds_the_package_that_started_it_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,7 +146,11 @@ def test_every_option_is_on_its_page() -> None:
     page = generate.options_page()
     for struct in (EngineConfig, SamplingParams):
         assert all(f"\n| `{field.name}` |" in page for field in msgspec.structs.fields(struct))
-    assert [row[0] for row in generate.environment_rows()] == ["`FOLOVLLM_CACHE`", "`FOLOVLLM_LOG_LEVEL`"]
+    assert [row[0] for row in generate.environment_rows()] == [
+        "`FOLOVLLM_CACHE`",
+        "`FOLOVLLM_API_KEYS`",
+        "`FOLOVLLM_LOG_LEVEL`",
+    ]
 
 
 @pytest.mark.parametrize("name", [name for name, _ in generate.commands(cli)])

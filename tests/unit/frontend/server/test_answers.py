@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -52,6 +53,12 @@ def test_whole() -> None:
     assert result.outputs[0].finish_reason == "stop"
     assert result.finished
     assert source.closed
+
+
+def test_log_probabilities_of_the_prompt_are_kept_whichever_output_has_them() -> None:
+    first = replace(output("a"), prompt_logprobs=[None, {2: Logprob(-1.0)}])
+    result = asyncio.run(whole(Source([first, output("b", finished=True)]).generate()))
+    assert result.prompt_logprobs == [None, {2: Logprob(-1.0)}]
 
 
 @pytest.mark.parametrize(
