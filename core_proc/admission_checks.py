@@ -93,6 +93,8 @@ class RequestChecks:
         self.check_ids("stop_token_ids", stop_set)
 
     def _check_bias(self, sampling: SamplingRow) -> None:
+        if not sampling.bias_token_ids and not sampling.bias_values:
+            return  # as it mostly is: the checks below cost as much as all others together
         ids = as_token_ids("bias_token_ids", sampling.bias_token_ids)
         if len(sampling.bias_values) != len(sampling.bias_token_ids):
             raise Refused(
