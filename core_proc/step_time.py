@@ -10,7 +10,8 @@ A figure at the edge of experience is not trusted: the answer is at most twice w
 wrong first guess costs one late token, not ten. Noise is met by weights: errors count relative to the measured time,
 and samples that are far off (a machine that paused) are left out of a second fit.
 
-Cost: 0.14 ms for a fit of 160 samples and the search, paid only in a step that has a target, decodes and a prompt to share it.
+Cost: 0.14 ms for a fit of 160 samples and the search, paid only in a step that has a target, decodes and a prompt to
+share it.
 """
 
 import collections
