@@ -27,6 +27,25 @@ def draw(view: TraceView, width: int) -> str:
     return "\n".join(lines)
 
 
+def draw_table(view: TraceView) -> str:
+    """A line for each step: what it computes, which blocks came and went, and what happened before it."""
+    heads = ("step", "time s", "prompt", "decodes", "taken", "freed", "free")
+    lines = ["  ".join(f"{head:>8}" for head in heads) + "  events"]
+    for column in view.columns:
+        figures = (
+            str(column.step_id),
+            f"{column.time_s:.4f}",
+            str(column.num_prompt_tokens),
+            str(column.num_decodes),
+            str(column.num_taken_blocks),
+            str(column.num_freed_blocks),
+            str(column.num_free_blocks),
+        )
+        line = "  ".join(f"{figure:>8}" for figure in figures)
+        lines.append(f"{line}  {', '.join(column.events)}".rstrip())
+    return "\n".join([*_head(view), "", *lines])
+
+
 def _head(view: TraceView) -> Iterator[str]:
     header, totals = view.header, view.totals
     caching = "on" if header.enable_prefix_caching else "off"

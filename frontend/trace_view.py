@@ -65,12 +65,28 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """One step; `tables` are the block tables of the running requests after it was scheduled."""
+    """One step.
+
+    Attributes:
+        step_id: its number.
+        time_s: when it was scheduled, in seconds since the run's first record.
+        num_prompt_tokens, num_decodes: what it computes.
+        num_taken_blocks, num_freed_blocks: blocks that came into use, and that are in use no more, since the step
+            before was scheduled.
+        num_free_blocks: free blocks after it was scheduled.
+        tables: the block tables of the running requests then.
+        events: who ended, lost its slot or got one since the step before was scheduled, in words.
+    """
 
     step_id: int
     time_s: float
+    num_prompt_tokens: int
+    num_decodes: int
+    num_taken_blocks: int
+    num_freed_blocks: int
     num_free_blocks: int
     tables: dict[int, tuple[int, ...]]
+    events: list[str]
 
 
 @dataclasses.dataclass
@@ -114,6 +130,8 @@ class _Builder:
         self._live: dict[int, Row] = {}
         self._preempted: list[int] = []
         self._begun_s: float | None = None
+        self._held: set[int] = set()
+        self._events: list[str] = []
         self.tables: dict[int, tuple[int, ...]] = {}
         self.rows: dict[int, Row] = {}
         self.columns: list[Column] = []
@@ -144,6 +162,7 @@ class _Builder:
             self._leave_slot(request)
             self._preempted.append(request)
             self.rows[request].num_preemptions += 1
+            self._events.append(f"{self.rows[request].name} preempted")
             self.totals.num_preemptions += 1
         if record.step_id == _NO_STEP:
             return
@@ -158,15 +177,18 @@ class _Builder:
         for slot, count in zip(self._slot_ids, counts, strict=True):
             cells[self._slots[slot].request] = self._compute(self._slots[slot], count)
         self.totals.num_steps += 1
-        if self._first <= record.step_id and (self._end is None or record.step_id < self._end):
+        if self._first - 1 <= record.step_id and (self._end is None or record.step_id < self._end):
             self._keep(record, cells)
         self._preempted.clear()
+        self._events = []
 
     def _admit(self, admitted: Admitted) -> None:
         row = self.rows[admitted.request]
         self._slots[admitted.slot] = _Slot(admitted)
         self._slot_of[admitted.request] = admitted.slot
         self.tables[admitted.request] = tuple(int32.unpack(admitted.block_ids))
+        cached = f" ({admitted.num_cached_tokens} tokens taken over)" if admitted.num_cached_tokens else ""
+        self._events.append(f"{row.name} got a slot{cached}")
         if not row.num_preemptions:  # the first time
             row.num_cached_tokens = admitted.num_cached_tokens
             self.totals.num_prompt_tokens += row.num_prompt_tokens
@@ -179,19 +201,37 @@ class _Builder:
         return Cell("prompt", count)
 
     def _keep(self, record: Scheduled, cells: dict[int, Cell]) -> None:
+        """Adds a column; the step before the first one that is kept only says which blocks were held then."""
         step = record.step_id
+        before, self._held = self._held, {block for table in self.tables.values() for block in table}
+        if step < self._first:
+            return
         for admitted in record.admitted:
             cells[admitted.request] = cells[admitted.request]._replace(num_cached_tokens=admitted.num_cached_tokens)
         for request, row in self._live.items():
             resting = Cell("idle" if request in self._slot_of else "waiting")
             row.cells[step] = cells.get(request, Cell("preempted") if request in self._preempted else resting)
-        self.columns.append(Column(step, record.time_s, record.num_free_blocks, dict(self.tables)))
+        num_decodes = sum(cell.kind == "decode" for cell in cells.values())
+        self.columns.append(
+            Column(
+                step_id=step,
+                time_s=record.time_s - (record.time_s if self._begun_s is None else self._begun_s),
+                num_prompt_tokens=sum(cell.num_tokens for cell in cells.values()) - num_decodes,
+                num_decodes=num_decodes,
+                num_taken_blocks=len(self._held - before),
+                num_freed_blocks=len(before - self._held),
+                num_free_blocks=record.num_free_blocks,
+                tables=dict(self.tables),
+                events=self._events,
+            )
+        )
 
     def _leave(self, ended: Iterable[Ended]) -> None:
         for end in ended:
             self._leave_slot(end.request)
             row = self._live.pop(end.request)
             row.reason, row.num_output_tokens = end.reason, end.num_output_tokens
+            self._events.append(f"{row.name} ended ({end.reason})")
             self.totals.num_output_tokens += end.num_output_tokens
 
     def _leave_slot(self, request: int) -> None:

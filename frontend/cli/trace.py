@@ -43,6 +43,7 @@ def trace() -> None:
 @option(_TRACE, "--request", "requests", multiple=True, help="A request's number or name; may be given several times.")
 @option(_TRACE, "--run", type=click.IntRange(min=1), help=_RUN_HELP)
 @option(_TRACE, "--width", type=click.IntRange(min=20), help="Characters in a line [the terminal's].")
+@option(_TRACE, "--table", is_flag=True, help="A line for each step instead: tokens, blocks taken and freed, events.")
 @option(_TRACE, "--png", type=click.Path(path_type=pathlib.Path), help="Draw into this file instead (matplotlib).")
 def show(
     file: pathlib.Path,
@@ -50,11 +51,12 @@ def show(
     requests: tuple[str, ...],
     run: int | None,
     width: int | None,
+    table: bool,
     png: pathlib.Path | None,
 ) -> None:
     """Draws the run in FILE: a line for each request, a column for each step, and the map of the KV blocks."""
     from folovllm.common.trace_file import TraceReader, read_run
-    from folovllm.frontend.trace_text import draw
+    from folovllm.frontend.trace_text import draw, draw_table
     from folovllm.frontend.trace_view import build_view
 
     reader = TraceReader(file)
@@ -62,7 +64,7 @@ def show(
     first, end = steps or (0, _MOST_STEPS)
     view = build_view(header, records, first=first, end=end, requests=requests)
     if png is None:
-        click.echo(draw(view, width or shutil.get_terminal_size().columns))
+        click.echo(draw_table(view) if table else draw(view, width or shutil.get_terminal_size().columns))
     else:
         from folovllm.frontend.trace_plot import save_picture
 

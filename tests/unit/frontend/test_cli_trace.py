@@ -66,6 +66,14 @@ def test_what_is_no_range_is_refused(file: pathlib.Path, capsys: pytest.CaptureF
     assert "is no range of steps; write A:B" in capsys.readouterr().err
 
 
+def test_a_table_instead(file: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["trace", "show", str(file), "--table"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-4].endswith("events")
+    assert lines[-3].endswith("r0 got a slot")
+    assert len(lines) == 7
+
+
 def test_a_picture_instead(file: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["trace", "show", str(file), "--png", str(tmp_path / "run.png")]) == 0
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")

@@ -3,7 +3,7 @@
 import msgspec
 
 from folovllm.common.trace_file import TraceHeader
-from folovllm.frontend.trace_text import draw
+from folovllm.frontend.trace_text import draw, draw_table
 from folovllm.frontend.trace_view import build_view
 from tests.fakes.traced_engine import HEADER, TracedEngine
 
@@ -95,6 +95,18 @@ def test_nothing_to_show_is_said() -> None:
     assert drawn(small_run(), first=50)[-1] == "nothing to show: no such step, or no such request in these steps"
     assert drawn(small_run(), requests=["x"])[-1].startswith("nothing to show")
     assert len(draw(build_view(HEADER, []), 60).splitlines()) == 2
+
+
+def test_the_table_has_a_line_for_each_step() -> None:
+    view = build_view(SMALL, small_run().records, first=1, end=4)
+    _, _, empty, head, *lines = draw_table(view).splitlines()
+    assert empty == ""
+    assert head.split() == ["step", "time", "s", "prompt", "decodes", "taken", "freed", "free", "events"]
+    assert [line.split()[0] for line in lines] == ["1", "2", "3"]
+    assert lines[0] == (
+        "       1    3.0000         5         0         1         0         8  r1 got a slot (8 tokens taken over)"
+    )
+    assert lines[1] == "       2    5.0000         0         2         1         0         7"
 
 
 def test_lines_of_free_blocks_are_left_out() -> None:

@@ -87,6 +87,44 @@ def test_block_tables_are_those_of_the_engine(depth: int) -> None:
         assert column.num_free_blocks == 14 - len(held)
 
 
+def test_columns_tell_what_was_computed_and_which_blocks_came_and_went() -> None:
+    engine = TracedEngine(max_num_seqs=2, max_num_batched_tokens=8, block_size=4, depth=1)
+    engine.add(list(range(12)), max_tokens=4)
+    engine.add(list(range(9)), max_tokens=3)
+    engine.run()
+    columns = build_view(HEADER, engine.records).columns
+    assert [(column.num_prompt_tokens, column.num_decodes) for column in columns] == [
+        (8, 0),
+        (5, 0),
+        (0, 2),
+        (0, 2),
+        (0, 1),
+    ]
+    assert [(column.num_taken_blocks, column.num_freed_blocks) for column in columns] == [
+        (3, 0),
+        (1, 0),
+        (1, 0),
+        (0, 0),
+        (0, 1),
+    ]
+    assert [column.events for column in columns] == [
+        ["r0 got a slot"],
+        ["r1 got a slot (8 tokens taken over)"],
+        [],
+        [],
+        ["r1 ended (length)"],
+    ]
+    later = build_view(HEADER, engine.records, first=2).columns
+    assert later == columns[2:], "the first one that is kept is compared with the one before it"
+
+
+def test_events_tell_preemptions() -> None:
+    engine = crowded()
+    events = [event for column in build_view(HEADER, engine.records).columns for event in column.events]
+    assert sum(event.endswith(" preempted") for event in events) == engine.scheduler.counters.num_preemptions
+    assert sum(" got a slot" in event for event in events) == 3 + engine.scheduler.counters.num_preemptions
+
+
 def test_a_slot_without_work_and_an_end_from_outside() -> None:
     engine = TracedEngine(depth=2)
     engine.add(3, max_tokens=1)
