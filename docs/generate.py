@@ -322,7 +322,8 @@ def _value(option: click.Option) -> str:
     if isinstance(option.type, click.Choice):
         return ", ".join(f"`{name}`" for name in map(str, option.type.choices))
     if isinstance(option.type, click.IntRange):
-        return f"{option.type.min} to {option.type.max}"
+        low, high = option.type.min, option.type.max
+        return f"at least {low}" if high is None else f"{low} to {high}"
     return option.metavar or option.type.name
 
 

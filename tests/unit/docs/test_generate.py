@@ -173,6 +173,7 @@ def test_every_option_of_a_command_is_on_the_page(name: str) -> None:
         (click.Option(["--to"], required=True, metavar="X", help="Where."), ["`--to`", "X", "required", "Where."]),
         (click.Option(["--in"], type=click.Choice(["a", "b"]), help="Of [a]."), ["`--in`", "`a`, `b`", "a", "Of."]),
         (click.Option(["--of"], type=click.IntRange(1, 2), help="Depth."), ["`--of`", "1 to 2", "", "Depth."]),
+        (click.Option(["--up"], type=click.IntRange(min=3), help="Size."), ["`--up`", "at least 3", "", "Size."]),
     ],
 )
 def test_rows_of_command_line_options(option: click.Option, row: list[str]) -> None:
