@@ -1,6 +1,6 @@
 """One line about the engine every so many seconds, while it works.
 
-    Running: 8 reqs, Waiting: 3 reqs, KV cache: 41.2 %, Prefix cache hits: 63.0 %, Prompt: 812.4 tokens/s,
+    Running: 8 reqs, Waiting: 3 reqs, KV cache usage: 41.2 %, Prefix cache hit rate: 63.0 %, Prompt: 812.4 tokens/s,
     Generation: 201.7 tokens/s, Preemptions: 0
 
 Throughput, hit rate and preemptions are those of the time since the line before, the rest is how it stands now. An
@@ -57,8 +57,8 @@ class StateLog:
             (
                 f"Running: {stats.num_running} reqs",
                 f"Waiting: {stats.num_waiting} reqs",
-                f"KV cache: {_percent(stats.num_blocks - stats.num_free_blocks, stats.num_blocks)}",
-                f"Prefix cache hits: {_percent(new.hits, new.queries)}",
+                f"KV cache usage: {_percent(stats.num_blocks - stats.num_free_blocks, stats.num_blocks)}",
+                f"Prefix cache hit rate: {_percent(new.hits, new.queries)}",
                 f"Prompt: {new.prompt / seconds:.1f} tokens/s",
                 f"Generation: {new.output / seconds:.1f} tokens/s",
                 f"Preemptions: {new.preemptions}",

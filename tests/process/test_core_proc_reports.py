@@ -92,5 +92,5 @@ def test_the_state_is_logged(tmp_path: pathlib.Path, capfd: pytest.CaptureFixtur
         else:
             pytest.fail("no line about the state in 2,000 requests")
     (line, *_) = [line for line in text.splitlines() if "Running" in line]
-    for part in ("INFO", "Waiting: 0 reqs", "KV cache: ", "Prefix cache hits: ", "Prompt: ", "Generation: "):
+    for part in ("INFO", "Waiting: 0 reqs", "KV cache usage: ", "Prefix cache hit rate: ", "Prompt: ", "Generation: "):
         assert part in line

@@ -268,8 +268,11 @@ def test_a_line_about_the_state_is_logged_while_there_is_work(
         turns.turn(*([turns.executor.socket] if turns.executor.steps else []))
     lines = [record.getMessage() for record in caplog.records if "Running" in record.getMessage()]
     assert [line.split(", ")[0] for line in lines] == ["Running: 1 reqs", "Running: 0 reqs"]
-    assert "KV cache: 3.2 %, Prefix cache hits: 0.0 %, Prompt: 0.5 tokens/s, Generation: 0.3 tokens/s" in lines[0]
-    assert "KV cache: 0.0 %, Prefix cache hits: -, Prompt: 0.0 tokens/s, Generation: 0.2 tokens/s" in lines[1]
+    assert (
+        "KV cache usage: 3.2 %, Prefix cache hit rate: 0.0 %, Prompt: 0.5 tokens/s, Generation: 0.3 tokens/s"
+        in lines[0]
+    )
+    assert "usage: 0.0 %, Prefix cache hit rate: -, Prompt: 0.0 tokens/s, Generation: 0.2 tokens/s" in lines[1]
 
 
 def test_invariants_are_checked_once_after_a_quiet_second(

@@ -33,7 +33,7 @@ def test_an_engine_that_has_become_idle_says_so_once() -> None:
     assert not log.is_due(0.0, True)
     assert not log.is_due(3.0, False)
     assert log.is_due(10.0, False)
-    assert log.line(10.0, IDLE).startswith("Running: 0 reqs, Waiting: 0 reqs, KV cache: 0.0 %")
+    assert log.line(10.0, IDLE).startswith("Running: 0 reqs, Waiting: 0 reqs, KV cache usage: 0.0 %")
     assert not any(log.is_due(float(second), False) for second in range(11, 60))
     assert not log.is_due(60.0, True)
     assert log.is_due(70.0, True)
@@ -59,13 +59,13 @@ def test_the_line_has_rates_of_the_interval_and_the_state_of_now() -> None:
     )
     assert log.is_due(7.0, True)
     assert log.line(7.0, first) == (
-        "Running: 8 reqs, Waiting: 3 reqs, KV cache: 42.0 %, Prefix cache hits: 63.0 %, Prompt: 500.0 tokens/s, "
-        "Generation: 25.0 tokens/s, Preemptions: 2"
+        "Running: 8 reqs, Waiting: 3 reqs, KV cache usage: 42.0 %, Prefix cache hit rate: 63.0 %, "
+        "Prompt: 500.0 tokens/s, Generation: 25.0 tokens/s, Preemptions: 2"
     )
     second = msgspec.structs.replace(first, num_output_tokens_total=150, num_preemptions_total=3)
     assert log.is_due(11.0, True)
     assert log.line(11.0, second) == (
-        "Running: 8 reqs, Waiting: 3 reqs, KV cache: 42.0 %, Prefix cache hits: -, Prompt: 0.0 tokens/s, "
+        "Running: 8 reqs, Waiting: 3 reqs, KV cache usage: 42.0 %, Prefix cache hit rate: -, Prompt: 0.0 tokens/s, "
         "Generation: 25.0 tokens/s, Preemptions: 1"
     )
 
