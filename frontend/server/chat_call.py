@@ -52,10 +52,10 @@ async def prepare_chat(context: ServerContext, body: ChatRequest, request_id: st
     """Checks a request and renders its prompt. Raises ApiError and RequestError; nothing is sent to the engine."""
     model = context.check_model(body.model)
     num_top = _check(body)
-    tools = [] if body.tool_choice == "none" else body.tools or []
+    tools = _offered(body)
     tool_format = _tool_format(context, body, tools)
     reasoning_format = context.reasoning_format
-    rendered = context.llm.render_chat(to_messages(body.messages), **_template_options(context, body, tools))
+    rendered = render_prompt(context, body)
     keeps_special = any(format_ and format_.keep_special_tokens for format_ in (tool_format, reasoning_format))
     params = to_sampling_params(
         body,
@@ -68,6 +68,17 @@ async def prepare_chat(context: ServerContext, body: ChatRequest, request_id: st
     job = Job(prompt, params, body.request_id or request_id, body.priority or 0)
     answer_context = _answer_context(context, body, tools, rendered) if tool_format or reasoning_format else None
     return ChatCall(body, job, model, num_top, tool_format, reasoning_format, answer_context)
+
+
+def render_prompt(context: ServerContext, body: ChatRequest) -> RenderedChat:
+    """The conversation as the chat template writes it. Raises RequestError."""
+    options = _template_options(context, body, _offered(body))
+    return context.llm.render_chat(to_messages(body.messages), **options)
+
+
+def _offered(body: ChatRequest) -> list[Tool]:
+    """The tools that the model is told of."""
+    return [] if body.tool_choice == "none" else body.tools or []
 
 
 def _answer_context(
@@ -110,8 +121,7 @@ def _max_tokens(body: ChatRequest) -> int | None:
 def _template_options(context: ServerContext, body: ChatRequest, tools: list[Tool]) -> dict[str, Any]:
     variables = dict(body.chat_template_kwargs or {})
     if body.reasoning_effort is not None:
-        template = context.tokenizer.chat_template if context.tokenizer else None
-        if "reasoning_effort" not in (template or ""):
+        if "reasoning_effort" not in context.chat_template:
             raise RequestError("this model's chat template knows no reasoning_effort", "reasoning_effort")
         variables["reasoning_effort"] = body.reasoning_effort
     continued = bool(body.continue_final_message)

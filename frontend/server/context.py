@@ -34,6 +34,7 @@ class ServerContext:
         model_names: names that requests may ask for; the first one is told in answers.
         created: when the server was made, seconds since the epoch.
         tokenizer: None where the model has none.
+        chat_template: its source, "" where the model has none.
         tool_format, reasoning_format: how the model writes tool calls and thoughts; None: it does not.
         draining: new requests are refused; those in work go on.
     """
@@ -48,9 +49,9 @@ class ServerContext:
         self.draining = False
         self._active: Counter[str] = Counter()
         self.tokenizer = _tokenizer_of(llm)
-        template = None if self.tokenizer is None else self.tokenizer.chat_template
-        self.tool_format = choose_tool_format(options.tool_parser, template)
-        self.reasoning_format = choose_reasoning_format(options.reasoning_parser, template)
+        self.chat_template = (self.tokenizer.chat_template if self.tokenizer else None) or ""
+        self.tool_format = choose_tool_format(options.tool_parser, self.chat_template)
+        self.reasoning_format = choose_reasoning_format(options.reasoning_parser, self.chat_template)
 
     def reader(self, kind: type[Kind]) -> BodyReader[Kind]:
         """What reads bodies of a kind, within this server's bounds."""

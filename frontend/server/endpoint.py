@@ -20,7 +20,7 @@ class Endpoint:
         summary: one line for the documentation.
         body: Struct of the request's body, None for none.
         answer: Struct of the answer, None for one that is no JSON.
-        event: Struct of one event of its stream, None where it does not stream.
+        events: Structs that the events of its stream hold; none where it does not stream.
     """
 
     method: str
@@ -29,4 +29,4 @@ class Endpoint:
     summary: str
     body: type[msgspec.Struct] | None = None
     answer: type[msgspec.Struct] | None = None
-    event: type[msgspec.Struct] | None = None
+    events: tuple[type[msgspec.Struct], ...] = ()

@@ -18,6 +18,7 @@ from starlette.responses import Response
 
 from folovllm.common.errors import EngineError, FoloVLLMError, QueueFullError, RequestError
 from folovllm.frontend.server.protocol.common import ErrorAnswer, ErrorBody
+from folovllm.frontend.server.protocol.messages import MessagesError, MessagesErrorAnswer
 
 ANTHROPIC_PREFIX = "/v1/messages"
 JSON_TYPE = "application/json"
@@ -85,7 +86,7 @@ def error_body(error: ApiError, path: str) -> bytes:
     if len(message) > _MAX_MESSAGE:
         message = message[:_MAX_MESSAGE] + " …"
     if path.startswith(ANTHROPIC_PREFIX):
-        return msgspec.json.encode({"type": "error", "error": {"type": error.kind, "message": message}})
+        return msgspec.json.encode(MessagesErrorAnswer(error=MessagesError(type=error.kind, message=message)))
     return msgspec.json.encode(
         ErrorAnswer(error=ErrorBody(message=message, type=error.kind, param=error.param, code=error.code))
     )

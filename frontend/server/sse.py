@@ -36,6 +36,11 @@ def encode_event(data: msgspec.Struct) -> bytes:
     return b"data: " + msgspec.json.encode(data) + b"\n\n"
 
 
+def encode_named_event(name: str, data: msgspec.Struct) -> bytes:
+    """One event with a name."""
+    return b"event: " + name.encode() + b"\ndata: " + msgspec.json.encode(data) + b"\n\n"
+
+
 def error_event(error: ApiError) -> bytes:
     """An error behind the first event, in OpenAI's form; nothing comes after it."""
     return b"data: " + error_body(error, "") + b"\n\n"

@@ -215,6 +215,6 @@ def endpoints(context: ServerContext) -> list[Endpoint]:
             "Answers a conversation",
             body=ChatRequest,
             answer=ChatCompletion,
-            event=ChatChunk,
+            events=(ChatChunk,),
         )
     ]

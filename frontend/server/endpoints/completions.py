@@ -206,6 +206,6 @@ def endpoints(context: ServerContext) -> list[Endpoint]:
             "Completes texts",
             body=CompletionRequest,
             answer=Completion,
-            event=Completion,
+            events=(Completion,),
         )
     ]

@@ -1,66 +1,20 @@
 """`/v1/chat/completions` over a fake core that follows a script."""
 
 import asyncio
-import json
-import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from folovllm.common.messages.frontend_core import RejectedRequest
-from folovllm.frontend.server.parsers import registry
 from tests.fakes.fake_core_for_frontend import FakeCore
 from tests.fakes.http_server import Served, Visit, data_of, run
-from tests.fakes.model_folder import CHAT_TEMPLATE, IM_END, ids_of, write_model_folder
-from tests.fakes.parsers import CALLS, THOUGHTS
 
 PATH = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hi"}]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 
 Script = Callable[[str], FakeCore]
-
-
-@pytest.fixture(scope="module")
-def tool_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A model whose chat template knows tools."""
-    folder = write_model_folder(tmp_path_factory.mktemp("tools") / "tiny")
-    config = {"eos_token": "<|im_end|>", "chat_template": "{{ tools | length if tools }}" + CHAT_TEMPLATE}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
-
-
-@pytest.fixture
-def saying(tool_folder: pathlib.Path, tmp_path: pathlib.Path) -> Iterator[Script]:
-    """A core whose every answer is this text, then the end of sequence."""
-    cores: list[FakeCore] = []
-
-    def make(text: str) -> FakeCore:
-        ids = [*ids_of(text), IM_END]
-        core = FakeCore(f"ipc://{tmp_path}/saying{len(cores)}", lambda *_: ids, model=str(tool_folder))
-        cores.append(core.__enter__())
-        return core
-
-    yield make
-    for core in cores:
-        core.close()
-
-
-@pytest.fixture
-def endless(model_folder: pathlib.Path, tmp_path: pathlib.Path) -> Iterator[FakeCore]:
-    """A core whose answers do not end by themselves within a test."""
-    ids = [65] * 150_000
-    with FakeCore(f"ipc://{tmp_path}/endless", lambda *_: ids, model=str(model_folder), max_model_len=200_000) as core:
-        yield core
-
-
-@pytest.fixture
-def formats(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Options of a server whose model writes the made-up markup of `tests.fakes.parsers`."""
-    monkeypatch.setattr(registry, "TOOL_FORMATS", {"test": CALLS})
-    monkeypatch.setattr(registry, "REASONING_FORMATS", {"test": THOUGHTS})
-    return {"tool_parser": "test", "reasoning_parser": "test"}
 
 
 def test_a_whole_answer(saying: Script) -> None:
