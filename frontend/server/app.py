@@ -17,14 +17,14 @@ from folovllm.common.errors import FoloVLLMError
 from folovllm.frontend.async_llm import AsyncLLM
 from folovllm.frontend.server.context import ServerContext
 from folovllm.frontend.server.endpoint import Endpoint
-from folovllm.frontend.server.endpoints import chat, completions, messages, models, operations
+from folovllm.frontend.server.endpoints import chat, completions, messages, models, operations, responses
 from folovllm.frontend.server.endpoints.documentation import documentation
 from folovllm.frontend.server.errors import ApiError, error_response, to_api_error
 from folovllm.frontend.server.gate import Gate
 from folovllm.frontend.server.options import ServerOptions
 
 _CLIENT_LEFT = 499  # nginx's number; nobody reads it but the log line and the metrics
-_ENDPOINT_MODULES = (operations, models, chat, completions, messages)
+_ENDPOINT_MODULES = (operations, models, chat, completions, messages, responses)
 
 
 def build_app(llm: AsyncLLM, options: ServerOptions, *, more_routes: Sequence[BaseRoute] = ()) -> Starlette:

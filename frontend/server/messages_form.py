@@ -134,7 +134,10 @@ def _checked(block: Mapping[str, Any], role: str, where: str) -> Mapping[str, An
     if kind not in _BLOCKS_OF[role]:
         known = ", ".join(_BLOCKS_OF[role])
         raise RequestError(f"{where}.type={str(kind)[:80]!r} cannot be given to this model, but {known}", where)
-    unknown = sorted(set(block) - _BLOCK_FIELDS[str(kind)] - _ANYWHERE)
+    given = {
+        name for name, value in block.items() if value is not None
+    }  # clients send blocks back with all their nulls
+    unknown = sorted(given - _BLOCK_FIELDS[str(kind)] - _ANYWHERE)
     if unknown:
         raise RequestError(f"unknown field {where}.{unknown[0][:80]}", f"{where}.{unknown[0][:80]}")
     if kind == "text" and not isinstance(block.get("text"), str):
