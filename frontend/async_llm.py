@@ -27,6 +27,7 @@ from folovllm.frontend.startup_table import StartupReport
 from folovllm.frontend.tokenizer import Tokenizer
 
 _STATS_TIMEOUT_S = 10.0  # as in `llm`
+_STEPS_AT_ONCE = 8  # messages that are taken in before consumers get their turn
 
 
 class AsyncLLM:
@@ -51,6 +52,7 @@ class AsyncLLM:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._failure: FoloVLLMError | None = None
         self._states: list[RequestState] = []  # in the order of arrival
+        self._receives_soon = False
         self._next_id = 0
         self._next_ticket = 0
         self._stats: dict[int, asyncio.Future[EngineStats]] = {}
@@ -115,7 +117,7 @@ class AsyncLLM:
         self._stats[ticket] = future
         try:
             send(ticket)
-            loop.call_soon(self._receive)
+            self._receive_soon(loop)
             return await asyncio.wait_for(future, _STATS_TIMEOUT_S)
         except TimeoutError as error:
             raise EngineDeadError(f"the engine did not answer within {_STATS_TIMEOUT_S:g} s") from error
@@ -201,7 +203,7 @@ class AsyncLLM:
             raise self._failure
         loop = asyncio.get_running_loop()
         if self._loop is None or self._loop.is_closed():
-            self._loop = loop
+            self._loop, self._receives_soon = loop, False
             for descriptor in self._open.client.descriptors:
                 loop.add_reader(descriptor, self._receive)
         if self._loop is not loop:
@@ -221,21 +223,31 @@ class AsyncLLM:
         self._states.append(state)
         if not state.finished:
             client.add([request.for_core(number, stream=True)])
-            loop.call_soon(self._receive)
+            self._receive_soon(loop)
         return state
 
     def _abort(self, loop: asyncio.AbstractEventLoop, numbers: list[int]) -> None:
         if numbers and self._failure is None:
             self._open.client.abort(numbers)
             if not loop.is_closed():
-                loop.call_soon(self._receive)
+                self._receive_soon(loop)
+
+    def _receive_soon(self, loop: asyncio.AbstractEventLoop) -> None:
+        """After each send, which can swallow a descriptor's news."""
+        if not self._receives_soon:
+            self._receives_soon = True
+            loop.call_soon(self._receive)
 
     def _receive(self) -> None:
-        """Takes in all that is there. Called for news on a descriptor, and after each send, which can swallow such."""
+        """Takes in what is there, some steps at a time, so that consumers get their turn while the engine sends."""
+        self._receives_soon = False
         if self._failure is not None:
             return
         try:
-            for message in self._open.client.receive_ready():
+            messages = self._open.client.receive_ready(_STEPS_AT_ONCE)
+            if len(messages) == _STEPS_AT_ONCE and self._loop is not None:
+                self._receive_soon(self._loop)
+            for message in messages:
                 if isinstance(message, EngineCoreOutputs):
                     _, to_abort = self._open.outputs.process(message, time.monotonic())
                     self._open.client.abort(to_abort)

@@ -141,15 +141,18 @@ class CoreClient:
         self._poller.poll(None if timeout_s is None else max(0, int(timeout_s * 1000)))
         return self.receive_ready()
 
-    def receive_ready(self) -> list[Received]:
+    def receive_ready(self, limit: int | None = None) -> list[Received]:
         """All that is there, without waiting.
+
+        Args:
+            limit: take no more than this; whoever gets so many calls again, as no descriptor may announce the rest.
 
         Raises:
             EngineDeadError: the core has ended, and nothing it sent before is left to take.
             ProtocolError: the core refused a frame of ours, or sent one that is no message: a fault of this program.
         """
         received: list[Received] = []
-        while self._failure is None and (frame := self._receive_frame()) is not None:
+        while len(received) != limit and self._failure is None and (frame := self._receive_frame()) is not None:
             message = self._decoder.decode(frame)
             if isinstance(message, EngineCoreOutputs | EngineStats):
                 received.append(message)

@@ -1,6 +1,7 @@
 """The connection to a core: greeting, numbers, and every way in which the other side can end or misbehave."""
 
 import pathlib
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -94,6 +95,18 @@ def test_a_reset_of_the_prefix_cache_is_answered_once_it_is_done(client: CoreCli
 def test_receive_gives_nothing_if_nothing_comes_in_time(client: CoreClient) -> None:
     assert client.receive(0.01) == []
     assert client.receive_ready() == []
+
+
+def test_no_more_than_asked_for_is_taken_at_once(client: CoreClient, core: FakeCore) -> None:
+    client.add([request(1, max_tokens=5)])
+    assert core.wait_until(lambda: bool(core.requests) and not core.live)
+    client.ask_stats(1)
+    sizes: list[int] = []
+    deadline = time.monotonic() + 10
+    while sum(sizes) < 6:  # five steps, and the answer
+        sizes.append(len(client.receive_ready(2)))
+        assert time.monotonic() < deadline
+    assert max(sizes) == 2
 
 
 def test_numbers_are_consecutive_and_wrap(client: CoreClient) -> None:
