@@ -146,6 +146,15 @@ def of_result(section: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, A
     return lambda content: section(content["result"])
 
 
+def server_overhead(result: dict[str, Any]) -> str:
+    rows = [
+        [what, name.replace("_", " "), f"{value:,.1f}"]
+        for what, values in result["results"].items()
+        for name, value in values.items()
+    ]
+    return table(["what", "figure", "value"], rows)
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "m1": of_result(m1),
     "m2": of_result(m2),
@@ -154,6 +163,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "m6": of_result(m6),
     "startup": of_result(startup),
     "core_step": core_step,
+    "server_overhead": server_overhead,
 }
 
 

@@ -29,6 +29,8 @@ from folovllm.common.sampling_params import SamplingParams
 from folovllm.common.structured_outputs import StructuredOutputsParams
 from folovllm.frontend.cli import main as cli_main
 from folovllm.frontend.cli.options import GroupedCommand, GroupedOption
+from folovllm.frontend.server import metrics
+from folovllm.frontend.server.options import ServerOptions
 
 FOLDER = pathlib.Path(__file__).resolve().parent / "reference"
 
@@ -337,6 +339,32 @@ def errors_page() -> str:
     return _page("Errors", "`common/errors.py`", f"```\n{tree}\n```", "\n".join(f"* {part}" for part in parts))
 
 
+# The server
+
+
+def metrics_page() -> str:
+    parts: list[str] = []
+    for title, specs in (("Of requests", metrics.REQUEST_METRICS), ("Of the engine", metrics.ENGINE_METRICS)):
+        parts += [f"## {title}", _table(["name", "kind", "labels", "meaning"], [_metric_row(spec) for spec in specs])]
+    intro = (
+        "What `GET /metrics` of `folovllm serve` shows. Every metric has the label `model_name`. Metrics of requests "
+        "are those that this server answered, all its processes together; those of the engine are asked from it at each "
+        "scrape, and left out where it does not answer in time."
+    )
+    return _page("Metrics", "`frontend/server/metrics.py`", intro, *parts)
+
+
+def _metric_row(spec: metrics.MetricSpec) -> list[str]:
+    name = metrics.PREFIX + spec.name + ("_total" if spec.kind == "counter" else "")
+    return [f"`{name}`", spec.kind, ", ".join(f"`{label}`" for label in spec.labels), _text(spec.help)]
+
+
+def server_page() -> str:
+    intro = "What `folovllm serve` can be told. The [command line](cli.md#folovllm-serve) has an option for each."
+    api = "Paths, bodies and answers of the HTTP API: a running server shows them at `/docs`, and as `/openapi.json`."
+    return _page("Server", "`frontend/server/options.py`", intro, *_options_of(ServerOptions), api)
+
+
 # The program
 
 
@@ -346,7 +374,9 @@ def pages() -> dict[str, str]:
         "cli.md": cli_page(),
         "errors.md": errors_page(),
         "messages.md": messages_page(),
+        "metrics.md": metrics_page(),
         "options.md": options_page(),
+        "server.md": server_page(),
     }
 
 

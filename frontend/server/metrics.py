@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 from folovllm.common.messages.frontend_core import EngineStats
 from folovllm.frontend.outputs import RequestMetrics, RequestOutput
 
-_PREFIX = "folovllm:"
+PREFIX = "folovllm:"
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
 _TTFT = (*_FAST, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0)
 _LONG = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0)
@@ -98,7 +98,7 @@ class ServerMetrics:
         self._gap = self._histograms["inter_token_latency_seconds"]
 
     def _add(self, spec: MetricSpec) -> None:
-        name, labels = _PREFIX + spec.name, ("model_name", *spec.labels)
+        name, labels = PREFIX + spec.name, ("model_name", *spec.labels)
         if spec.kind == "histogram":
             made = Histogram(name, spec.help, labels, registry=self._registry, buckets=spec.buckets)
             self._histograms[spec.name] = made.labels(self._model)
@@ -170,7 +170,7 @@ class _EngineCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         for spec in ENGINE_METRICS:
             family = GaugeMetricFamily if spec.kind == "gauge" else CounterMetricFamily
-            metric = family(_PREFIX + spec.name, spec.help, labels=["model_name"])
+            metric = family(PREFIX + spec.name, spec.help, labels=["model_name"])
             metric.add_metric([self._model], self._values[spec.name])
             yield metric
 

@@ -15,7 +15,8 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         host: address to listen on.
         port: port to listen on; 0 lets the system choose.
         root_path: path under which a proxy serves this server.
-        ssl_certfile, ssl_keyfile: PEM files; both or none.
+        ssl_certfile: certificate, a PEM file; needs the key.
+        ssl_keyfile: the certificate's key, a PEM file.
         cors_origins: origins from which browsers may call; "*" is any.
         lenient: unknown fields of a body are passed over, and listed in the header `X-Ignored-Fields`.
         max_body_mb: largest body in MiB; larger ones are refused with 413.

@@ -12,6 +12,8 @@ from folovllm.common.config import EngineConfig
 from folovllm.common.messages import core_worker, frontend_core, lifecycle
 from folovllm.common.sampling_params import SamplingParams
 from folovllm.frontend.cli.main import cli
+from folovllm.frontend.server.metrics import ENGINE_METRICS, REQUEST_METRICS
+from folovllm.frontend.server.options import ServerOptions
 
 
 class Sample(msgspec.Struct, array_like=True, tag="sample"):
@@ -59,7 +61,14 @@ def test_write_then_check(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[
     folder = tmp_path / "reference"
     assert generate.main(["--check"], folder) == 1
     assert generate.main([], folder) == 0
-    assert sorted(path.name for path in folder.iterdir()) == ["cli.md", "errors.md", "messages.md", "options.md"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "cli.md",
+        "errors.md",
+        "messages.md",
+        "metrics.md",
+        "options.md",
+        "server.md",
+    ]
     capsys.readouterr()
     assert generate.main(["--check"], folder) == 0
     assert capsys.readouterr().out == "the reference pages are up to date\n"
@@ -151,6 +160,13 @@ def test_every_option_is_on_its_page() -> None:
         "`FOLOVLLM_API_KEYS`",
         "`FOLOVLLM_LOG_LEVEL`",
     ]
+
+
+def test_every_metric_and_option_of_the_server_is_on_its_page() -> None:
+    page = generate.metrics_page()
+    assert all(f"`folovllm:{spec.name}" in page for spec in (*REQUEST_METRICS, *ENGINE_METRICS))
+    assert "| `folovllm:request_success_total` | counter | `finished_reason` |" in page
+    assert all(f"\n| `{name}` |" in generate.server_page() for name in ServerOptions.__struct_fields__)
 
 
 @pytest.mark.parametrize("name", [name for name, _ in generate.commands(cli)])
