@@ -348,8 +348,8 @@ def metrics_page() -> str:
         parts += [f"## {title}", _table(["name", "kind", "labels", "meaning"], [_metric_row(spec) for spec in specs])]
     intro = (
         "What `GET /metrics` of `folovllm serve` shows. Every metric has the label `model_name`. Metrics of requests "
-        "are those that this server answered, all its processes together; those of the engine are asked from it at each "
-        "scrape, and left out where it does not answer in time."
+        "are those that this server answered, all its processes together; those of the engine are asked from it at "
+        "each scrape, and left out where it does not answer in time."
     )
     return _page("Metrics", "`frontend/server/metrics.py`", intro, *parts)
 

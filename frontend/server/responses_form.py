@@ -125,14 +125,14 @@ def _messages(body: ResponsesRequest) -> list[ChatMessage]:
 
 def _kind(item: Mapping[str, Any], where: str) -> str:
     kind = item.get("type", "message")
-    if kind not in _ITEM_FIELDS:
+    if not isinstance(kind, str) or kind not in _ITEM_FIELDS:
         known = ", ".join(_ITEM_FIELDS)
         raise RequestError(f"{where}.type={str(kind)[:80]!r} cannot be given to this model, but {known}", where)
     given = {name for name, value in item.items() if value is not None}  # clients send items back with all their nulls
     unknown = sorted(given - _ITEM_FIELDS[kind] - _ANYWHERE)
     if unknown:
         raise RequestError(f"unknown field {where}.{unknown[0][:80]}", f"{where}.{unknown[0][:80]}")
-    return str(kind)
+    return kind
 
 
 def _message(item: Mapping[str, Any], where: str) -> ChatMessage:
