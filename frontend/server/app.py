@@ -14,14 +14,17 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from folovllm.common.errors import FoloVLLMError
+from folovllm.common.log import get_logger
 from folovllm.frontend.async_llm import AsyncLLM
-from folovllm.frontend.server.context import ServerContext
+from folovllm.frontend.server.context import ServerContext, request_id_of
 from folovllm.frontend.server.endpoint import Endpoint
 from folovllm.frontend.server.endpoints import chat, completions, messages, models, operations, responses
 from folovllm.frontend.server.endpoints.documentation import documentation
 from folovllm.frontend.server.errors import ApiError, error_response, to_api_error
 from folovllm.frontend.server.gate import Gate
 from folovllm.frontend.server.options import ServerOptions
+
+logger = get_logger(__name__)
 
 _CLIENT_LEFT = 499  # nginx's number; nobody reads it but the log line and the metrics
 _ENDPOINT_MODULES = (operations, models, chat, completions, messages, responses)
@@ -44,7 +47,7 @@ def build_app(llm: AsyncLLM, options: ServerOptions, *, more_routes: Sequence[Ba
     app = Starlette(
         routes=[*map(_route, endpoints), *more_routes],
         middleware=_middleware(context),
-        exception_handlers={HTTPException: _http_exception, Exception: _fault},
+        exception_handlers={HTTPException: _http_exception},
     )
     app.state.context = context
     return app
@@ -70,7 +73,7 @@ def _route(endpoint: Endpoint) -> Route:
 
 
 def _answering_errors(handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-    """The handler, with errors that are raised on purpose turned into answers."""
+    """The handler, with errors turned into answers; one that was not raised on purpose is logged in full."""
 
     async def answer(request: Request) -> Response:
         try:
@@ -79,6 +82,9 @@ def _answering_errors(handler: Callable[[Request], Awaitable[Response]]) -> Call
             return error_response(to_api_error(error), request.scope["path"])
         except ClientDisconnect:
             return Response(status_code=_CLIENT_LEFT)
+        except Exception as error:
+            logger.exception("an error that nobody foresaw, in the answer to %s", request_id_of(request))
+            return error_response(to_api_error(error), request.scope["path"])
 
     return answer
 
@@ -90,8 +96,3 @@ async def _http_exception(request: Request, error: Exception) -> Response:
     )
     refusal = ApiError(error.status_code, message, headers=error.headers)
     return error_response(refusal, request.scope["path"])
-
-
-async def _fault(request: Request, error: Exception) -> Response:
-    """An error that nobody foresaw; starlette raises it again behind this answer, so that the log has it."""
-    return error_response(to_api_error(error), request.scope["path"])

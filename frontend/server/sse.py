@@ -89,13 +89,18 @@ class EventStream(Response):
                     await self._send(send, event)
             await self._send(send, b"", last=True)
         except (ApiError, FoloVLLMError) as error:
-            refusal = to_api_error(error)
-            if not self._started:
-                self._started = True
-                await error_response(refusal, scope["path"])(scope, receive, send)
-                return
+            await self._refuse(to_api_error(error), scope, receive, send)
+        except Exception as error:
+            logger.exception("an error that nobody foresaw, in a stream")
+            await self._refuse(to_api_error(error), scope, receive, send)
+
+    async def _refuse(self, refusal: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._started:
             logger.warning("a stream ended with an error: %s", refusal)
             await self._send(send, self._error_event(refusal), last=True)
+        else:
+            self._started = True
+            await error_response(refusal, scope["path"])(scope, receive, send)
 
     async def _send(self, send: Send, data: bytes, last: bool = False) -> None:
         if not self._started:

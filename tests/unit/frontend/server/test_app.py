@@ -73,6 +73,19 @@ def test_errors_of_the_router_have_the_same_form(core: FakeCore) -> None:
     run(core.endpoint, scenario)
 
 
+def test_a_bug_is_an_internal_error_with_its_id(core: FakeCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(server: Served) -> None:
+        monkeypatch.setattr(type(server.llm), "render_chat", lambda *_, **__: 1 / 0)
+        answer = await server.post(
+            "/tokenize", {"messages": [{"role": "user", "content": "x"}]}, **{"X-Request-Id": "r"}
+        )
+        assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
+        assert answer.headers["X-Request-Id"] == "r"
+        assert "division" not in answer.text
+
+    run(core.endpoint, scenario)
+
+
 def test_request_ids(core: FakeCore) -> None:
     async def scenario(server: Served) -> None:
         given = await server.http.get("/version", headers={"X-Request-Id": "mine-7"})

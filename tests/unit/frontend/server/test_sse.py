@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any
 
@@ -118,14 +119,25 @@ def test_L25_an_error_later_is_the_last_event() -> None:
     run(scenario)
 
 
-def test_a_bug_is_raised() -> None:
+@pytest.mark.parametrize("num_events", [0, 1])
+def test_a_bug_is_logged_and_told_without_its_cause(num_events: int, caplog: pytest.LogCaptureFixture) -> None:
     async def scenario(client: Client, source: Source) -> None:
-        source.queue.put_nowait(ZeroDivisionError())
-        with pytest.raises(ZeroDivisionError):
-            await start(client, source)
+        for _ in range(num_events):
+            source.queue.put_nowait(b"data: 1\n\n")
+        source.queue.put_nowait(ZeroDivisionError("a secret"))
+        await start(client, source)
         assert source.closed
+        assert client.sent[0]["status"] == (200 if num_events else 500)
+        assert b"internal_error" in client.body
+        assert b"secret" not in client.body
 
-    run(scenario)
+    library = logging.getLogger("folovllm")
+    before, library.propagate = library.propagate, True
+    try:
+        run(scenario)
+    finally:
+        library.propagate = before
+    assert "a secret" in caplog.text
 
 
 def test_silence_is_broken_by_comments() -> None:

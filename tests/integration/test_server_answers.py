@@ -1,0 +1,69 @@
+"""What the server answers, through all processes and over a real socket: limits, the cache, a client."""
+
+from collections.abc import Iterator
+
+import httpx
+import openai
+import pytest
+
+from tests.integration.conftest import Daemon
+from tests.integration.serving import ServeProcess
+
+COMP = "/v1/completions"
+CHAT = "/v1/chat/completions"
+HELLO = [{"role": "user", "content": "hi"}]
+MAX_MODEL_LEN = 512
+
+
+@pytest.fixture(scope="module")
+def http(daemon: Daemon) -> Iterator[httpx.Client]:
+    server = ServeProcess(["--engine", daemon.endpoint, "--served-model-name", "tiny"])
+    try:
+        with server.wait_ready().client() as client:
+            yield client
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize(
+    "num_tokens, status", [(MAX_MODEL_LEN - 1, 200), (MAX_MODEL_LEN, 400), (MAX_MODEL_LEN + 1, 400)]
+)
+def test_L17_prompts_at_the_models_length(http: httpx.Client, num_tokens: int, status: int) -> None:
+    answer = http.post(COMP, json={"prompt": "a" * num_tokens, "max_tokens": None, "ignore_eos": True})
+    assert answer.status_code == status
+    if status == 200:
+        assert answer.json()["usage"]["completion_tokens"] == 1
+        assert answer.json()["choices"][0]["finish_reason"] == "length"
+    else:
+        assert str(num_tokens) in answer.json()["error"]["message"]
+        assert str(MAX_MODEL_LEN) in answer.json()["error"]["message"]
+
+
+def test_a_time_limit_ends_an_answer(http: httpx.Client) -> None:
+    body = {"prompt": "a", "max_tokens": 500, "ignore_eos": True, "timeout_s": 0.05}
+    answer = http.post(COMP, json=body).json()
+    assert answer["choices"][0]["finish_reason"] == "timeout"
+    assert answer["usage"]["completion_tokens"] < 500
+
+
+def test_a_second_turn_is_cached(http: httpx.Client) -> None:
+    messages = [{"role": "user", "content": "a long first message " * 8}]
+    counts = [
+        http.post(CHAT, json={"messages": messages, "max_tokens": 2}).json()["usage"]["prompt_tokens_details"]
+        for _ in range(2)
+    ]
+    assert counts[1]["cached_tokens"] >= 128
+    salted = http.post(CHAT, json={"messages": messages, "max_tokens": 2, "cache_salt": "other"}).json()
+    assert salted["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+
+
+def test_the_official_client_over_a_socket(http: httpx.Client) -> None:
+    with openai.OpenAI(base_url=str(http.base_url.join("/v1")), api_key="none", max_retries=0) as client:
+        stream = client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "hi"}], max_tokens=20, stream=True
+        )
+        assert [chunk.choices[0].finish_reason for chunk in stream][-1] in {"stop", "length"}
+        broken_off = client.completions.create(model="tiny", prompt="a", max_tokens=400, stream=True)
+        next(iter(broken_off))
+        broken_off.close()
+        assert client.models.list().data[0].id == "tiny"
