@@ -21,7 +21,7 @@ from folovllm.frontend.tokenizer import Tokenizer
 
 Kind = TypeVar("Kind", bound=msgspec.Struct)
 
-_DRAIN_RETRY_S = 5.0
+_RETRY_S = 5.0
 
 
 class ServerContext:
@@ -37,6 +37,7 @@ class ServerContext:
         chat_template: its source, "" where the model has none.
         tool_format, reasoning_format: how the model writes tool calls and thoughts; None: it does not.
         draining: new requests are refused; those in work go on.
+        stuck: why the engine gets no new requests (`heartbeat`); "" as a rule.
     """
 
     def __init__(self, llm: AsyncLLM, options: ServerOptions) -> None:
@@ -47,6 +48,7 @@ class ServerContext:
         self.metrics = ServerMetrics(self.model_names[0], in_several_processes=options.api_server_count > 1)
         self.created = int(time.time())
         self.draining = False
+        self.stuck = ""
         self._active: Counter[str] = Counter()
         self.tokenizer = _tokenizer_of(llm)
         self.chat_template = (self.tokenizer.chat_template if self.tokenizer else None) or ""
@@ -60,7 +62,9 @@ class ServerContext:
     def check_open(self) -> None:
         """Raises ApiError 503 where the server takes no more requests."""
         if self.draining:
-            raise unavailable("this server is shutting down", "draining", _DRAIN_RETRY_S)
+            raise unavailable("this server is shutting down", "draining", _RETRY_S)
+        if self.stuck:
+            raise unavailable(self.stuck, "engine_stuck", _RETRY_S)
 
     def begin(self, request_id: str) -> None:
         """A request goes to the engine under this id; several may have the same."""

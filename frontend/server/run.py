@@ -21,6 +21,7 @@ from folovllm.common.log import get_logger
 from folovllm.frontend.async_llm import AsyncLLM
 from folovllm.frontend.server.app import build_app
 from folovllm.frontend.server.context import ServerContext
+from folovllm.frontend.server.heartbeat import Heartbeat
 from folovllm.frontend.server.options import ServerOptions
 
 logger = get_logger(__name__)
@@ -139,6 +140,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await self._context.llm.get_stats()  # the loop watches the engine from here on
         await super().startup(sockets)
+        self._heartbeat = asyncio.ensure_future(Heartbeat(self._context).run())
         self._on_ready()
 
     def drain(self) -> None:
@@ -175,6 +177,8 @@ class _Server(uvicorn.Server):
             await super().shutdown(sockets)
         finally:
             limit.cancel()
+            self._heartbeat.cancel()
+            await asyncio.gather(limit, self._heartbeat, return_exceptions=True)
 
     async def _abort_later(self) -> None:
         await asyncio.sleep(self._context.options.drain_timeout_s)

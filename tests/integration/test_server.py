@@ -139,7 +139,9 @@ def test_the_end_of_the_engine_ends_the_server_with_its_cause(start: Callable[..
 def test_L36_a_stuck_engine_is_no_healthy_one(start: Callable[..., ServeProcess]) -> None:
     server = start("--health-timeout", "0.3")
     core = next(process for process in server.family() if "folovllm.core_proc" in process.cmdline())
-    with server.client() as http:
+    with server.client() as http, http.stream("POST", COMP, json=LONG | {"stream": True}) as response:
+        events = lines_of(response)
+        next(events)
         core.suspend()
         try:
             stuck = http.get("/health")
@@ -149,6 +151,9 @@ def test_L36_a_stuck_engine_is_no_healthy_one(start: Callable[..., ServeProcess]
             assert page.status_code == 200
             assert "folovllm:http_requests_total" in page.text
             assert "folovllm:num_requests_running" not in page.text
+            assert eventually(lambda: http.post(COMP, json={"prompt": "abc"}).status_code == 503)
+            last = list(events)[-1]["choices"][0]  # it is ended, as nobody knows whether it goes on
+            assert last["finish_reason"] == "abort"
         finally:
             core.resume()
         assert eventually(lambda: http.get("/health").status_code == 200)

@@ -43,11 +43,13 @@ class Operations:
         bound_s = self._context.options.health_timeout_s
         try:
             async with asyncio.timeout(bound_s):
-                return await self._context.llm.get_stats(), HealthAnswer(status="ready")
+                stats = await self._context.llm.get_stats()
         except TimeoutError:
             return None, HealthAnswer(status="stuck", message=f"the engine did not answer within {bound_s:g} s")
         except EngineError as error:
             return None, HealthAnswer(status="dead", message=str(error))
+        stuck = self._context.stuck
+        return stats, HealthAnswer(status="stuck", message=stuck) if stuck else HealthAnswer(status="ready")
 
 
 def endpoints(context: ServerContext) -> list[Endpoint]:

@@ -1,0 +1,93 @@
+"""An engine that is alive but stuck."""
+
+import asyncio
+from contextlib import suppress
+
+import pytest
+
+from folovllm.common.messages.frontend_core import EngineStats
+from folovllm.frontend.server import heartbeat
+from folovllm.frontend.server.heartbeat import STEP_BOUND_S, Heartbeat, Watch
+from tests.fakes.fake_core_for_frontend import FakeCore
+from tests.fakes.http_server import Served, run
+
+CHAT = "/v1/chat/completions"
+HELLO = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5}
+
+
+def stats(*, steps: int, running: int = 1) -> EngineStats:
+    return EngineStats(0, running, 0, 10, 10, 0, 0, 0, 0, 0, 1, steps, 0)
+
+
+def test_a_core_that_does_not_answer() -> None:
+    watch = Watch(5.0, 100.0)
+    assert not watch.answered(stats(steps=1), 100.0).stuck
+    first = watch.missed(105.0)
+    assert first.stuck == "the engine has not answered for 5 s"
+    assert not first.hopeless
+    assert not watch.missed(129.0).hopeless
+    assert watch.missed(130.0).hopeless
+    assert not watch.answered(stats(steps=1), 131.0).stuck
+
+
+def test_a_worker_that_finishes_no_step() -> None:
+    watch = Watch(5.0, 0.0)
+    assert not watch.answered(stats(steps=7), 0.0).stuck
+    assert not watch.answered(stats(steps=7), STEP_BOUND_S - 1).stuck
+    verdict = watch.answered(stats(steps=7), STEP_BOUND_S)
+    assert verdict.stuck == "the engine has finished no step for 300 s"
+    assert verdict.hopeless
+    assert not watch.answered(stats(steps=8), STEP_BOUND_S + 1).stuck
+
+
+def test_an_idle_engine_makes_no_steps() -> None:
+    watch = Watch(5.0, 0.0)
+    assert not watch.answered(stats(steps=7, running=0), 0.0).stuck
+    assert not watch.answered(stats(steps=7, running=0), 10 * STEP_BOUND_S).stuck
+    assert not watch.answered(stats(steps=7, running=1), 10 * STEP_BOUND_S + 5).stuck
+
+
+def test_silence_of_the_core_is_not_counted_against_its_worker() -> None:
+    watch = Watch(5.0, 0.0)
+    watch.answered(stats(steps=7), 0.0)
+    for i in range(1, 71):
+        watch.missed(i * 5.0)
+    assert not watch.answered(stats(steps=7), 351.0).stuck
+
+
+def test_L36_nobody_waits_for_a_stuck_engine(core: FakeCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "STEP_BOUND_S", 0.2)
+
+    async def scenario(server: Served) -> None:
+        beats = asyncio.ensure_future(Heartbeat(server.context).run())
+        core.gate.clear()
+        waiting = await server.post(CHAT, HELLO)  # no token comes
+        assert waiting.json()["choices"][0]["finish_reason"] == "abort"
+        refused = await server.post(CHAT, HELLO)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_stuck")
+        assert refused.headers["Retry-After"] == "5"
+        for path in ("/health", "/ready"):
+            health = await server.http.get(path)
+            assert (health.status_code, health.json()["status"]) == (503, "stuck")
+        core.gate.set()
+        while (await server.http.get("/health")).status_code != 200:
+            await asyncio.sleep(0.01)
+        assert (await server.post(CHAT, HELLO)).status_code == 200
+        beats.cancel()
+        with suppress(asyncio.CancelledError):
+            await beats
+
+    run(core.endpoint, scenario, health_timeout_s=0.1)
+
+
+def test_it_ends_with_the_engine(core: FakeCore) -> None:
+    async def scenario(server: Served) -> None:
+        beats = asyncio.ensure_future(Heartbeat(server.context).run())
+        core.fail("gone")
+        await beats
+        assert server.context.stuck == "gone"
+        health = await server.http.get("/health")
+        assert (health.status_code, health.json()["status"]) == (503, "dead")
+        assert (await server.http.get("/metrics")).status_code == 200
+
+    run(core.endpoint, scenario, health_timeout_s=0.05)
