@@ -16,7 +16,7 @@ DType = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 LoadFormat = Literal["auto", "dummy"]
-AttentionBackendName = Literal["auto", "torch_naive", "paged"]
+AttentionBackendName = Literal["auto", "torch_naive", "paged", "triton_paged"]
 
 MAX_SLOTS = 65536
 MAX_PIPELINE_DEPTH = 2

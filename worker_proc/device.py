@@ -1,25 +1,38 @@
 """Which device, which number type, how many threads, and how much memory there is for the KV pool."""
 
 import dataclasses
+import importlib.util
 import os
 import pathlib
 
 import torch
 
 from folovllm.common.errors import ConfigError
+from folovllm.common.log import get_logger
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_DEPENDENT_LAUNCH = (9, 0)  # compute capability from which a kernel may begin before its predecessor is through
 _PROC = pathlib.Path("/proc")
 _CGROUP = pathlib.Path("/sys/fs/cgroup")
 _UNLIMITED = 2**60  # cgroup v1 writes "no limit" as a number near 2**63
 
+logger = get_logger(__name__)
+
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where a model's tensors live and of which type they are."""
+    """Where a model's tensors live, of which type they are, and what its layers run as.
+
+    Attributes:
+        device, dtype: of weights, activations and KV cache.
+        use_triton: layers run as Triton kernels.
+        dependent_launch: these may begin before the kernel before them is through (`kernels.triton.pdl`).
+    """
 
     device: torch.device
     dtype: torch.dtype
+    use_triton: bool = False
+    dependent_launch: bool = False
 
 
 def choose_device(requested: str) -> torch.device:
@@ -34,6 +47,15 @@ def choose_device(requested: str) -> torch.device:
         built = "finds no usable GPU" if torch.version.cuda else "is built without CUDA"
         raise ConfigError(f"device='cuda' was asked for, but torch {torch.__version__} {built}")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def place(device: torch.device, dtype: torch.dtype) -> Placement:
+    """What the layers run as on this device: Triton kernels on CUDA where the package is there."""
+    use_triton = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    if device.type == "cuda" and not use_triton:
+        logger.warning("the package triton is missing: torch's operators compute instead, several times slower")
+    hopper = use_triton and torch.cuda.get_device_capability(device) >= _DEPENDENT_LAUNCH
+    return Placement(device, dtype, use_triton, hopper)
 
 
 def resolve_dtype(requested: str, checkpoint_dtype: str | None) -> torch.dtype:

@@ -12,10 +12,12 @@ from folovllm.worker_proc.host_to_device import Download, upload
 from folovllm.worker_proc.input_batch import InputBatchBuilder
 from folovllm.worker_proc.kv_tensors import KVTensors
 from folovllm.worker_proc.models.registry import CausalLM
+from folovllm.worker_proc.output_thread import PendingOutput
 from folovllm.worker_proc.request_states import RequestStates
 from folovllm.worker_proc.sample.constraints import apply_constraints
 from folovllm.worker_proc.sample.sampler import Sampled, sample
 from folovllm.worker_proc.step_arrays import StepArrays
+from folovllm.worker_proc.step_graphs import NoGraphs, StepGraphs
 
 _VOID = -1  # travels to the host in place of a token that means nothing: one copy tells both
 
@@ -44,9 +46,16 @@ class ModelRunner:
     """
 
     def __init__(
-        self, model: CausalLM, backend: AttentionBackend, kv: KVTensors, states: RequestStates, num_valid_token_ids: int
+        self,
+        model: CausalLM,
+        backend: AttentionBackend,
+        kv: KVTensors,
+        states: RequestStates,
+        num_valid_token_ids: int,
+        graphs: StepGraphs | None = None,
     ) -> None:
         """`num_valid_token_ids`: only ids below this are ever sampled; the logits may have more columns."""
+        self._graphs = graphs or NoGraphs()
         self._model = model
         self._backend = backend
         self._kv = kv
@@ -55,7 +64,7 @@ class ModelRunner:
         self._input_batch = InputBatchBuilder(states, num_valid_token_ids)
 
     @torch.inference_mode()
-    def execute(self, step: SchedulerOutput) -> StepResult:
+    def execute(self, step: SchedulerOutput) -> PendingOutput:
         """Computes one step; its result is still on the device.
 
         Raises:
@@ -63,6 +72,8 @@ class ModelRunner:
         """
         arrays = self._states.apply(step)
         self._copy_blocks(arrays)
+        if (replayed := self._graphs.replay(step.step_id, arrays)) is not None:
+            return replayed
         batch = self._input_batch.build(arrays)
         index = batch.index
         self._states.advance(arrays, index.slots, index.query_lens, index.host_sampling_slots)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from folovllm.common.errors import ConfigError
 from folovllm.common.log import get_logger
 from folovllm.common.messages.lifecycle import ConfigureWorker, MemoryUse, WorkerReady
 from folovllm.common.model_config import ModelConfig, read_model_config
@@ -21,6 +22,7 @@ from folovllm.worker_proc.device import (
     choose_device,
     describe_device,
     dtype_name,
+    place,
     resolve_dtype,
     set_threads,
 )
@@ -32,8 +34,10 @@ from folovllm.worker_proc.phases import Phases
 from folovllm.worker_proc.rehearsal import Rehearsal, rehearsal_steps
 from folovllm.worker_proc.request_states import RequestStates
 from folovllm.worker_proc.step_arrays import StepLimits
+from folovllm.worker_proc.step_graphs import NoGraphs, StepGraphs
 from folovllm.worker_proc.weights import checkpoint_dtype, fill_dummy_weights, load_weights
 
+_GRAPHS = 2**30  # left for captured steps: their activations, and what the driver keeps of each
 _WARM_UP = Rehearsal(num_requests=2, prompt_len=16, num_decodes=2)
 
 logger = get_logger(__name__)
@@ -61,7 +65,7 @@ class Startup:
         with self._phases.measure("choose device, read config"):
             model_config = read_model_config(self._folder)
             placement = self._place(model_config)
-            backend = choose_backend(config.attention_backend, model_config, placement.device)
+            backend = choose_backend(config.attention_backend, model_config, placement)
         with self._phases.measure("load weights"):
             model, weight_bytes = self._load(model_config, placement)
         self._check_stop()
@@ -74,7 +78,9 @@ class Startup:
             num_blocks = self._num_blocks(model_config, placement, activations)
             kv = KVTensors(model_config, num_blocks, config.block_size, placement)
             states = RequestStates(self._limits(model_config, num_blocks), placement.device)
-            runner = ModelRunner(model, backend, kv, states, self._num_valid_token_ids(model_config))
+            num_ids = self._num_valid_token_ids(model_config)
+            graphs = choose_graphs(model, backend, kv, states, num_ids)
+            runner = ModelRunner(model, backend, kv, states, num_ids, graphs)
         self._check_stop()
         with self._phases.measure("warm up"):
             rehearse(runner, states, kv, _WARM_UP)
@@ -94,7 +100,7 @@ class Startup:
         stored = model_config.dtype
         if stored is None and self._config.load_format == "auto":
             stored = checkpoint_dtype(self._folder)
-        return Placement(choose_device(self._config.device), resolve_dtype(self._config.dtype, stored))
+        return place(choose_device(self._config.device), resolve_dtype(self._config.dtype, stored))
 
     def _load(self, model_config: ModelConfig, placement: Placement) -> tuple[CausalLM, int]:
         """The model with its weights, and their bytes."""
@@ -131,8 +137,10 @@ class Startup:
         else:
             total = torch.cuda.get_device_properties(device).total_memory
             usable = int(total * config.gpu_memory_utilization) - (total - available) - activations
-            # The paged backend copies one layer's keys and values of a step's requests, padded to twice at worst.
-            usable = int(usable / (1 + 2 / model_config.num_hidden_layers))
+            if placement.use_triton:
+                usable -= _GRAPHS
+            else:  # PagedBackend copies one layer's keys and values of a step's requests, at worst padded to twice.
+                usable = int(usable / (1 + 2 / model_config.num_hidden_layers))
         num_blocks = decide_num_blocks(config, per_block, blocks_of_one, usable, is_cpu=device.type == "cpu")
         check_fits(num_blocks * per_block, available - activations)
         return num_blocks
@@ -157,13 +165,38 @@ class Startup:
         return peak
 
 
-def choose_backend(name: str, model_config: ModelConfig, device: torch.device) -> AttentionBackend:
-    """The attention backend of that name; "auto" takes the fastest there is."""
+def choose_backend(name: str, model_config: ModelConfig, placement: Placement) -> AttentionBackend:
+    """The attention backend of that name; "auto" takes the fastest there is.
+
+    Raises:
+        ConfigError: it is asked for by name and cannot run here.
+    """
     if name == "torch_naive":
         return TorchNaiveBackend()
+    if name == "triton_paged" and not placement.use_triton:
+        raise ConfigError("attention_backend='triton_paged' needs a CUDA device and the package triton")
+    if name == "triton_paged" or (name == "auto" and placement.use_triton):
+        from folovllm.worker_proc.attention.triton_paged import HeadCounts, TritonPagedBackend
+
+        logger.info("attention backend: triton_paged, the fastest there is on %s", placement.device.type)
+        heads = HeadCounts(model_config.num_attention_heads, model_config.num_key_value_heads, model_config.head_dim)
+        return TritonPagedBackend(heads, placement.device, dependent_launch=placement.dependent_launch)
     if name == "auto":
-        logger.info("attention backend: paged, the fastest there is on %s", device.type)
+        logger.info("attention backend: paged, the fastest there is on %s", placement.device.type)
     return PagedBackend(model_config.num_attention_heads)
+
+
+def choose_graphs(
+    model: CausalLM, backend: AttentionBackend, kv: KVTensors, states: RequestStates, num_valid_token_ids: int
+) -> StepGraphs:
+    """Captured decode steps where the attention backend can be captured, which is Triton's on CUDA."""
+    if states.device.type != "cuda" or backend.name != "triton_paged":
+        return NoGraphs()
+    from folovllm.worker_proc.attention.triton_paged import TritonPagedBackend
+    from folovllm.worker_proc.cuda_graphs import DecodeGraphs
+
+    assert isinstance(backend, TritonPagedBackend)
+    return DecodeGraphs(model, backend, kv, states, num_valid_token_ids)
 
 
 @torch.inference_mode()

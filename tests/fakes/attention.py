@@ -5,7 +5,10 @@ from collections.abc import Sequence
 
 import torch
 
+from folovllm.common.model_config import ModelConfig, RopeConfig
 from folovllm.worker_proc.attention.backend import AttentionMetadata
+
+_CPU = torch.device("cpu")
 
 
 @dataclasses.dataclass
@@ -24,7 +27,26 @@ def scattered_blocks(lengths: Sequence[int], block_size: int, seed: int = 0) -> 
     return [[ids.pop() for _ in range(count)] for count in counts], sum(counts) + 1
 
 
-def build_metadata(requests: Sequence[PagedRequest], query_lens: Sequence[int], block_size: int) -> AttentionMetadata:
+def model_config(num_kv_heads: int, head_dim: int) -> ModelConfig:
+    """What a cache of two layers needs to know."""
+    return ModelConfig(
+        architecture="LlamaForCausalLM",
+        vocab_size=10,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=num_kv_heads,
+        num_key_value_heads=num_kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=1e-6,
+        rope=RopeConfig(),
+        max_position_embeddings=64,
+    )
+
+
+def build_metadata(
+    requests: Sequence[PagedRequest], query_lens: Sequence[int], block_size: int, device: torch.device = _CPU
+) -> AttentionMetadata:
     """Metadata of a step in which each request computes its next `query_lens` tokens; rows of one token come first."""
     seq_lens = [request.num_computed + length for request, length in zip(requests, query_lens, strict=True)]
     slots = [
@@ -39,9 +61,9 @@ def build_metadata(requests: Sequence[PagedRequest], query_lens: Sequence[int], 
         query_lens=list(query_lens),
         seq_lens=seq_lens,
         num_decodes=num_decodes,
-        block_table=torch.tensor(table),
-        slot_mapping=torch.tensor(slots),
-        seq_lens_device=torch.tensor(seq_lens),
+        block_table=torch.tensor(table, device=device),
+        slot_mapping=torch.tensor(slots, device=device),
+        seq_lens_device=torch.tensor(seq_lens, device=device),
     )
 
 

@@ -17,8 +17,9 @@ from folovllm.worker_proc.attention.backend import AttentionBackend
 from folovllm.worker_proc.attention.paged import PagedBackend
 from folovllm.worker_proc.device import Placement
 from folovllm.worker_proc.kv_tensors import KVTensors
-from folovllm.worker_proc.model_runner import ModelRunner, StepResult
+from folovllm.worker_proc.model_runner import ModelRunner
 from folovllm.worker_proc.models.registry import CausalLM, build_model
+from folovllm.worker_proc.output_thread import PendingOutput
 from folovllm.worker_proc.request_states import RequestStates
 from folovllm.worker_proc.step_arrays import StepLimits
 from folovllm.worker_proc.weights import load_weights
@@ -75,7 +76,7 @@ class Driver:
         self.requests: dict[int, Tracked] = {}
         self._limits = limits
         self._free = deque(range(1, limits.num_blocks))
-        self._pending: deque[tuple[StepResult, list[Tracked]]] = deque()
+        self._pending: deque[tuple[PendingOutput, list[Tracked]]] = deque()
         self._step_id = 0
 
     def join(

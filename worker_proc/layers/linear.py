@@ -17,9 +17,13 @@ import torch
 import torch.nn.functional as F
 
 from folovllm.worker_proc.device import Placement
+from folovllm.worker_proc.layers.activation import silu_and_mul
+from folovllm.worker_proc.layers.norm import RMSNorm
 
 # oneDNN's layout depends on the row count it is told to expect; what it gives for 16 serves 1 to 1,024 rows well.
 _ROWS_TO_PACK_FOR = 16
+_GEMV_ROWS = 4  # up to so many rows `kernels.triton.gemv` is faster than cuBLAS
+_GEMV_COLUMNS = 4096  # it holds a row of the weight in registers
 
 
 class Linear:
@@ -37,6 +41,8 @@ class Linear:
         self.weight = torch.empty(out_features, in_features, dtype=placement.dtype, device=placement.device)
         self.bias = torch.empty(out_features, dtype=placement.dtype, device=placement.device) if bias else None
         self._packed = False
+        self._use_triton = placement.use_triton
+        self._dependent = placement.dependent_launch
 
     @classmethod
     def tied(cls, weight: torch.Tensor) -> "Linear":
@@ -51,6 +57,42 @@ class Linear:
             packed: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
             return packed
         return F.linear(x, self.weight, self.bias)
+
+    def of_normed(self, hidden: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """The product of the normed `hidden` [T, in_features]."""
+        if self._takes_gemv(hidden):
+            return self._normed_gemv(hidden, norm, gated=False)
+        return self(norm(hidden))
+
+    def gated(self, hidden: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """`silu(gate) · up` of the normed `hidden`, for a weight that is gate and up: [T, out_features / 2]."""
+        if self._takes_gemv(hidden):
+            return self._normed_gemv(hidden, norm, gated=True)
+        gate_and_up = self(norm(hidden))
+        if self._use_triton:
+            from folovllm.worker_proc.kernels.triton import activation
+
+            return activation.silu_and_mul(gate_and_up)
+        return silu_and_mul(gate_and_up)
+
+    def add_to(self, hidden: torch.Tensor, x: torch.Tensor) -> None:
+        """Adds the product of `x` [T, in_features] to `hidden` [T, out_features], in place."""
+        if self._takes_gemv(x):
+            from folovllm.worker_proc.kernels.triton.gemv import add_gemv
+
+            add_gemv(hidden, x, self.weight, dependent=self._dependent)
+        elif self._use_triton and self.bias is None:
+            torch.addmm(hidden, x, self.weight.t(), out=hidden)  # cuBLAS adds while it writes the product
+        else:
+            hidden.add_(self(x))
+
+    def _takes_gemv(self, x: torch.Tensor) -> bool:
+        return self._use_triton and x.shape[0] <= _GEMV_ROWS and x.shape[1] <= _GEMV_COLUMNS and self.bias is None
+
+    def _normed_gemv(self, hidden: torch.Tensor, norm: RMSNorm, *, gated: bool) -> torch.Tensor:
+        from folovllm.worker_proc.kernels.triton.gemv import normed_gemv
+
+        return normed_gemv(hidden, norm.weight, norm.eps, self.weight, gated=gated, dependent=self._dependent)
 
     def checkpoint_tensors(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Where each of the checkpoint's tensors goes: (name, view into this layer's weight or bias)."""

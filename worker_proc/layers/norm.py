@@ -11,12 +11,17 @@ class RMSNorm:
 
     def __init__(self, size: int, eps: float, placement: Placement) -> None:
         self.weight = torch.empty(size, dtype=placement.dtype, device=placement.device)
+        self.eps = eps
         self._shape = (size,)
-        self._eps = eps
+        self._use_triton = placement.use_triton
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., size] → [..., size]."""
-        return F.rms_norm(x, self._shape, self.weight, self._eps)
+        """[T, size] → [T, size]."""
+        if self._use_triton:
+            from folovllm.worker_proc.kernels.triton.norm import rms_norm
+
+            return rms_norm(x, self.weight, self.eps)
+        return F.rms_norm(x, self._shape, self.weight, self.eps)
 
 
 class HeadNorm:
@@ -30,9 +35,9 @@ class HeadNorm:
         self.q_weight = torch.empty(head_dim, dtype=placement.dtype, device=placement.device)
         self.k_weight = torch.empty_like(self.q_weight)
         self.weight = torch.empty(num_q_heads + num_kv_heads, head_dim, dtype=placement.dtype, device=placement.device)
+        self.eps = eps
         self._num_q_heads = num_q_heads
         self._shape = (head_dim,)
-        self._eps = eps
 
     def spread(self) -> None:
         """Copies the two loaded vectors to the rows of `weight`."""
@@ -41,4 +46,4 @@ class HeadNorm:
 
     def __call__(self, heads: torch.Tensor) -> torch.Tensor:
         """[T, num_q_heads + num_kv_heads, head_dim] → the same shape, a new tensor."""
-        return F.rms_norm(heads, self._shape, None, self._eps).mul_(self.weight)
+        return F.rms_norm(heads, self._shape, None, self.eps).mul_(self.weight)

@@ -20,6 +20,7 @@ import torch
 
 from folovllm.common.model_config import RopeConfig
 from folovllm.worker_proc.device import Placement
+from folovllm.worker_proc.layers.norm import HeadNorm
 
 
 class RotaryTable:
@@ -41,6 +42,24 @@ class RotaryTable:
     def rows(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The cosines and sines, each [T, 1, head_dim], of `positions` [T]; taken once a step for all layers."""
         return self.cos.index_select(0, positions), self.sin.index_select(0, positions)
+
+
+class HeadRotation:
+    """Rotates query and key heads in place; where the model has a norm for heads, each is normed first."""
+
+    def __init__(self, placement: Placement, norm: HeadNorm | None = None) -> None:
+        self._norm = norm
+        self._use_triton = placement.use_triton
+
+    def __call__(self, heads: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """`heads`: [T, query heads + key heads, head_dim]; `rotation`: cosines and sines, see `RotaryTable.rows`."""
+        norm = self._norm
+        if self._use_triton:
+            from folovllm.worker_proc.kernels.triton.heads import rotate_heads
+
+            rotate_heads(heads, norm.weight if norm else None, *rotation, norm.eps if norm else 0.0)
+        else:
+            rotate_into(heads, norm(heads) if norm else heads, *rotation)
 
 
 def rotate_into(out: torch.Tensor, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:

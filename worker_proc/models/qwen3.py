@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from folovllm.common.model_config import ModelConfig
 from folovllm.worker_proc.attention.backend import AttentionStep
 from folovllm.worker_proc.device import Placement
-from folovllm.worker_proc.layers.activation import silu_and_mul
 from folovllm.worker_proc.layers.linear import Linear
 from folovllm.worker_proc.layers.norm import HeadNorm, RMSNorm
-from folovllm.worker_proc.layers.rotary import RotaryTable, rotate_into
+from folovllm.worker_proc.layers.rotary import HeadRotation, RotaryTable
 
 
 class Qwen3ForCausalLM:
@@ -84,8 +83,9 @@ class Qwen3DecoderLayer:
     def forward(
         self, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], attention: AttentionStep
     ) -> torch.Tensor:
-        hidden.add_(self.self_attn.forward(self.input_layernorm(hidden), rotation, attention))
-        return hidden.add_(self.mlp.forward(self.post_attention_layernorm(hidden)))
+        self.self_attn.add_to(hidden, self.input_layernorm, rotation, attention)
+        self.mlp.add_to(hidden, self.post_attention_layernorm)
+        return hidden
 
     def checkpoint_tensors(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
         yield f"{prefix}input_layernorm.weight", self.input_layernorm.weight
@@ -111,15 +111,21 @@ class Qwen3Attention:
         self.qkv_proj = Linear(config.hidden_size, projections, placement, bias=config.attention_bias)
         self.o_proj = Linear(q_size, {"o_proj": config.hidden_size}, placement, bias=config.attention_bias)
         self.qk_norm = HeadNorm(self.num_heads, self.num_kv_heads, self.head_dim, config.rms_norm_eps, placement)
+        self.rotate = HeadRotation(placement, self.qk_norm)
 
-    def forward(
-        self, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], attention: AttentionStep
-    ) -> torch.Tensor:
-        heads = self.qkv_proj(hidden).unflatten(1, (-1, self.head_dim))  # [T, q heads + k heads + v heads, head_dim]
-        query_and_key = heads[:, : self.num_heads + self.num_kv_heads]
-        rotate_into(query_and_key, self.qk_norm(query_and_key), *rotation)
+    def add_to(
+        self,
+        hidden: torch.Tensor,
+        norm: RMSNorm,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        attention: AttentionStep,
+    ) -> None:
+        """Adds the attention's output to `hidden` [T, hidden_size], of which it sees the normed."""
+        heads = self.qkv_proj.of_normed(hidden, norm)
+        heads = heads.unflatten(1, (-1, self.head_dim))  # [T, q heads + k heads + v heads, head_dim]
+        self.rotate(heads[:, : self.num_heads + self.num_kv_heads], rotation)
         output = attention.attend(self.index, heads[:, : self.num_heads], heads[:, self.num_heads :])
-        return self.o_proj(output)
+        self.o_proj.add_to(hidden, output)
 
     def checkpoint_tensors(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
         yield from self.qkv_proj.checkpoint_tensors(prefix)
@@ -139,8 +145,9 @@ class Qwen3MLP:
         self.gate_up_proj = Linear(config.hidden_size, {"gate_proj": size, "up_proj": size}, placement)
         self.down_proj = Linear(size, {"down_proj": config.hidden_size}, placement)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(silu_and_mul(self.gate_up_proj(hidden)))
+    def add_to(self, hidden: torch.Tensor, norm: RMSNorm) -> None:
+        """Adds the MLP's output to `hidden` [T, hidden_size], of which it sees the normed."""
+        self.down_proj.add_to(hidden, self.gate_up_proj.gated(hidden, norm))
 
     def checkpoint_tensors(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
         yield from self.gate_up_proj.checkpoint_tensors(prefix)

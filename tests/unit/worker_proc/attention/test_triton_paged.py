@@ -1,0 +1,77 @@
+"""Triton's attention against the reference, on steps of every shape; on the GPU, or in Triton's interpreter."""
+
+import pytest
+import torch
+
+from folovllm.worker_proc.attention.backend import AttentionBackend
+from folovllm.worker_proc.attention.torch_naive import TorchNaiveBackend
+from folovllm.worker_proc.device import Placement
+from folovllm.worker_proc.kv_tensors import KVTensors
+from tests.fakes.attention import PagedRequest, build_metadata, scattered_blocks
+from tests.fakes.attention import model_config as config_of
+from tests.fakes.triton_device import triton_device
+
+
+def compare(
+    contexts: list[int],
+    query_lens: list[int],
+    *,
+    heads: tuple[int, int, int] = (4, 2, 64),
+    block_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Both backends on the same random cache and step: the same output, the same cache afterwards."""
+    device = triton_device()
+    from folovllm.worker_proc.attention.triton_paged import HeadCounts, TritonPagedBackend
+
+    num_q_heads, num_kv_heads, head_dim = heads
+    lengths = [context + length for context, length in zip(contexts, query_lens, strict=True)]
+    blocks, num_blocks = scattered_blocks(lengths, block_size)
+    requests = [PagedRequest(owned, context) for owned, context in zip(blocks, contexts, strict=True)]
+    metadata = build_metadata(requests, query_lens, block_size, device)
+    generator = torch.Generator().manual_seed(2)
+    flat = torch.randn(sum(query_lens), num_q_heads + 2 * num_kv_heads, head_dim, generator=generator)
+    flat = flat.to(device, dtype)
+    config = config_of(num_kv_heads, head_dim)
+    caches = [KVTensors(config, num_blocks, block_size, Placement(device, dtype)) for _ in range(2)]
+    caches[0].data.copy_(torch.randn(caches[0].data.shape, generator=generator))
+    caches[0].data[:, :, :, 0] = torch.nan  # what is read beyond an end would show
+    caches[1].data.copy_(caches[0].data)
+    backends: tuple[AttentionBackend, ...] = (
+        TorchNaiveBackend(),
+        TritonPagedBackend(HeadCounts(*heads), device, dependent_launch=False),
+    )
+    outputs = []
+    for cache, backend in zip(caches, backends, strict=True):
+        step = backend.begin_step(cache, metadata)
+        outputs.append(step.attend(1, flat[:, :num_q_heads], flat[:, num_q_heads:]).float())
+    tolerance = 2e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(outputs[1], outputs[0], atol=tolerance, rtol=tolerance)
+    assert torch.equal(caches[0].data[:, :, :, 1:], caches[1].data[:, :, :, 1:])
+
+
+@pytest.mark.parametrize("contexts", [[0], [15, 16, 17], [0, 63, 64, 65, 200]])
+def test_decodes(contexts: list[int]) -> None:
+    compare(contexts, [1] * len(contexts))
+
+
+@pytest.mark.parametrize("heads", [(4, 4, 64), (8, 1, 64), (3, 1, 64), (4, 2, 96), (4, 2, 128)])
+def test_head_counts_and_sizes(heads: tuple[int, int, int]) -> None:
+    compare([40, 0, 20], [1, 1, 30], heads=heads)
+
+
+@pytest.mark.parametrize("block_size", [1, 8, 32])
+def test_block_sizes(block_size: int) -> None:
+    compare([70, 3, 5], [1, 1, 80], block_size=block_size)
+
+
+def test_a_request_in_several_parts_is_joined() -> None:
+    compare([300, 5, 129], [1, 1, 1])
+
+
+def test_chunks_with_and_without_context() -> None:
+    compare([0, 100, 17, 0], [1, 70, 5, 140])
+
+
+def test_an_even_number_of_parts_that_a_length_does_not_fill() -> None:
+    compare([700], [1])

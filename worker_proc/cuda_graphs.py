@@ -1,0 +1,192 @@
+"""Captured decode steps: a step in which every request computes one token and samples is one replay.
+
+Everything such a step needs is read from the persistent rows inside the graph (inputs, positions, block tables,
+sampling parameters), and everything it makes is written back there, so that between two steps of the same requests the
+host says nothing to the device but "again". What the host decides is the graph: by the number of requests, rounded up
+to a bucket (rows of padding have slot -1: they read and write nothing), by the parts that long contexts are split into,
+and by whether anything is drawn at random.
+
+Graphs are captured when they are first needed. Capturing runs the step once with nothing but padding (which compiles
+kernels and lets cuBLAS choose), then records it: some 0.1 s. All graphs share one memory pool, since they run one after
+another.
+
+Prior art: CUDA graphs for decoding as in vLLM and nano-vllm (a graph per batch size); there inputs are copied into the
+graph's buffers each step.
+"""
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from folovllm.common.log import get_logger
+from folovllm.common.messages.core_worker import ModelRunnerOutput
+from folovllm.common.sampling_params import GREEDY_TEMPERATURE
+from folovllm.worker_proc.attention.triton_paged import TritonPagedBackend
+from folovllm.worker_proc.kernels.triton.decode_rows import gather_decode_inputs
+from folovllm.worker_proc.kernels.triton.sampling import SamplingRows, SamplingScratch, sample_decodes
+from folovllm.worker_proc.kv_tensors import KVTensors
+from folovllm.worker_proc.models.registry import CausalLM
+from folovllm.worker_proc.output_thread import PendingOutput
+from folovllm.worker_proc.request_states import MIN_P, MIN_TOKENS, NUM_PROMPT, TEMPERATURE, TOP_K, TOP_P, RequestStates
+from folovllm.worker_proc.step_arrays import Ids, StepArrays
+
+_RING = 8  # results on their way to the host at once; the core has at most two steps in flight
+_PADDING = -1
+_VOID = -1
+
+logger = get_logger(__name__)
+
+
+@dataclasses.dataclass(slots=True)
+class _Batch:
+    """The requests of the last replayed step, and what need not be looked at again while they stay the same."""
+
+    key: bytes
+    slots: Ids
+    all_greedy: bool
+    plain_from: Ids | None
+
+
+def decode_buckets(most: int) -> list[int]:
+    """Numbers of rows that graphs are captured for: dense where steps are short, up to 8 % padding beyond."""
+    buckets = [1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(288, 513, 32), *range(576, most + 64, 64)]
+    return [bucket for bucket in buckets if bucket < most] + [most]
+
+
+class GraphResult:
+    """A replayed step's tokens on their way to the host."""
+
+    def __init__(self, step_id: int, event: torch.cuda.Event, tokens: "np.ndarray[tuple[int], np.dtype[np.int32]]"):
+        self.step_id = step_id
+        self._event = event
+        self._tokens = tokens
+
+    def wait(self) -> ModelRunnerOutput:
+        """The result, once the device has it."""
+        self._event.synchronize()
+        void = np.flatnonzero(self._tokens == _VOID)
+        return ModelRunnerOutput(self.step_id, self._tokens.astype("<i4").tobytes(), void.astype("<i4").tobytes())
+
+
+class DecodeGraphs:
+    """Captures and replays decode steps. All collaborators are shared with the runner."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        backend: TritonPagedBackend,
+        kv: KVTensors,
+        states: RequestStates,
+        num_valid_token_ids: int,
+    ) -> None:
+        self._model = model
+        self._backend = backend
+        self._kv = kv
+        self._states = states
+        self._num_columns = num_valid_token_ids
+        most, device = states.limits.num_slots, states.device
+        self._buckets = decode_buckets(most)
+        self._slots = torch.full((most,), _PADDING, dtype=torch.int64, device=device)
+        self._inputs = [torch.zeros(most, dtype=torch.int64, device=device) for _ in range(3)]
+        self._tokens = torch.zeros(most, dtype=torch.int32, device=device)
+        self._scratch = SamplingScratch(most, num_valid_token_ids, device)
+        self._rows = SamplingRows(states.floats, states.integers, states.token_ids)
+        self._uploads = [torch.empty(most, dtype=torch.int64, pin_memory=True) for _ in range(_RING)]
+        self._downloads = [torch.empty(most, dtype=torch.int32, pin_memory=True) for _ in range(_RING)]
+        self._events = [torch.cuda.Event(blocking=True) for _ in range(_RING)]
+        self._turn = 0
+        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: dict[tuple[int, int, int, bool], torch.cuda.CUDAGraph] = {}
+        self._batch: _Batch | None = None
+
+    def replay(self, step_id: int, arrays: StepArrays) -> PendingOutput | None:
+        """See `step_graphs.StepGraphs`."""
+        slots, counts = arrays.slots, self._states.counts
+        num_rows = len(slots)
+        if arrays.new_rows:
+            self._batch = None  # a slot of the same number may be somebody else's now
+        if arrays.num_decodes < num_rows:
+            return None
+        batch = self._batch_of(arrays)
+        seq_lens = counts.num_computed[slots] + 1
+        if batch is None or not np.array_equal(seq_lens, counts.num_tokens[slots]):
+            return None
+        if batch.plain_from is not None and bool((seq_lens < batch.plain_from).any()):
+            return None
+        bucket = next(size for size in self._buckets if size >= num_rows)
+        key = (bucket, *self._backend.choose_parts(bucket, int(seq_lens.max())), batch.all_greedy)
+        graph = self._graphs.get(key)
+        if graph is None:
+            graph = self._capture(key)
+        if batch is not self._batch:
+            self._upload(slots)
+            self._batch = batch
+        graph.replay()
+        counts.num_computed[slots] = seq_lens
+        counts.num_tokens[slots] += 1
+        return self._download(step_id, num_rows)
+
+    def capture(self, bucket: int, longest: int, *, all_greedy: bool) -> None:
+        """Captures the graph of a number of rows ahead of its use."""
+        key = (bucket, *self._backend.choose_parts(bucket, longest), all_greedy)
+        if key not in self._graphs:
+            self._capture(key)
+
+    def _batch_of(self, arrays: StepArrays) -> _Batch | None:
+        """What is known of the step's requests; None if some need more than a graph does."""
+        last = self._batch
+        if last is not None and arrays.key[0] == last.key:
+            return last
+        slots, states = arrays.slots, self._states
+        floats, integers = states.host_floats[slots], states.host_integers[slots]
+        greedy = (floats[:, TEMPERATURE] < GREEDY_TEMPERATURE) | (integers[:, TOP_K] == 1)
+        filtered = (integers[:, TOP_K] > 0) | (floats[:, TOP_P] < 1.0) | (floats[:, MIN_P] > 0.0)
+        if (filtered & ~greedy).any():
+            return None
+        min_tokens = integers[:, MIN_TOKENS]
+        plain_from = integers[:, NUM_PROMPT] + min_tokens if min_tokens.any() else None
+        return _Batch(arrays.key[0], slots, bool(greedy.all()), plain_from)
+
+    def _upload(self, slots: Ids) -> None:
+        """Tells the device who is in the batch: one copy."""
+        staging = self._uploads[self._turn]
+        host = staging.numpy()
+        host[: len(slots)] = slots
+        host[len(slots) :] = _PADDING
+        self._slots.copy_(staging, non_blocking=True)
+
+    def _download(self, step_id: int, num_rows: int) -> GraphResult:
+        host, event = self._downloads[self._turn], self._events[self._turn]
+        self._turn = (self._turn + 1) % _RING
+        host.copy_(self._tokens, non_blocking=True)
+        event.record()
+        return GraphResult(step_id, event, host.numpy()[:num_rows])
+
+    def _capture(self, key: tuple[int, int, int, bool]) -> torch.cuda.CUDAGraph:
+        self._slots.fill_(_PADDING)
+        self._batch = None
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream):
+            self._compute(key)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+            self._compute(key)
+        self._graphs[key] = graph
+        logger.debug("captured a step of %d rows, %d parts of at least %d keys, greedy %s", *key)
+        return graph
+
+    def _compute(self, key: tuple[int, int, int, bool]) -> None:
+        """One step, as it is captured."""
+        rows, num_parts, min_part, all_greedy = key
+        states, slots = self._states, self._slots[:rows]
+        input_ids, positions, seq_lens = (buffer[:rows] for buffer in self._inputs)
+        gather_decode_inputs(slots, states.num_computed, states.token_ids, input_ids, positions, seq_lens)
+        attention = self._backend.begin_decode(self._kv, slots, seq_lens, states.block_table, (num_parts, min_part))
+        logits = self._model.compute_logits(self._model.forward(input_ids, positions, attention))
+        tokens = self._tokens[:rows]
+        sample_decodes(
+            logits, self._num_columns, slots, seq_lens, self._rows, self._scratch, tokens, all_greedy=all_greedy
+        )

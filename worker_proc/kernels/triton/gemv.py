@@ -1,0 +1,151 @@
+"""Products with a few rows (up to 4) on CUDA cores, with what stands before or after them in the network.
+
+Up to four rows the weights are the whole cost, and tensor cores, whose tiles have at least 8 rows, only add latency. A
+program has a few rows of the weight in registers *before* it waits for the kernel before it (see `pdl`), so the weights
+of the next product are on their way while the last one ends; every program norms the activations itself (2 KiB a row,
+from the L2 cache), so that norm, product, SiLU and residual are one kernel.
+
+Reference: `layers.linear.Linear` without Triton.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from folovllm.worker_proc.kernels.triton.pdl import launch_options, wait
+
+MAX_ROWS = 4
+MAX_NORMED_COLUMNS = 4096  # a normed row, and the weight's rows, are held in registers whole
+_COLUMNS = 1024  # of one tile where rows are not normed
+_NORMED, _GATED = tl.constexpr(0), tl.constexpr(1)
+
+
+def fits(rows: int, columns: int) -> bool:
+    """Whether `normed_gemv` takes such activations."""
+    return rows <= MAX_ROWS and columns <= MAX_NORMED_COLUMNS
+
+
+def normed_gemv(
+    x: torch.Tensor, norm_weight: torch.Tensor, eps: float, weight: torch.Tensor, *, gated: bool, dependent: bool
+) -> torch.Tensor:
+    """`rms_norm(x) · weightᵀ`, or with `gated`, the weight being [gate; up], `silu(gate) · up` of it.
+
+    Args:
+        x: [R, K], contiguous, R ≤ 4.
+        norm_weight: [K].
+        eps: of the norm.
+        weight: [N, K], contiguous; N even if gated.
+        gated: the result has N / 2 columns then.
+        dependent: launched as a dependent of the kernel before, see `pdl`.
+    """
+    (rows, columns), size = x.shape, weight.shape[0] // 2 if gated else weight.shape[0]
+    out = x.new_empty(rows, size)
+    block = 4 if gated else 8
+    _normed_gemv[(triton.cdiv(size, block),)](
+        x,
+        norm_weight,
+        weight,
+        out,
+        eps,
+        SIZE=size,
+        ROWS=rows,
+        COLUMNS=columns,
+        PADDED=triton.next_power_of_2(columns),
+        BLOCK=block,
+        MODE=_GATED if gated else _NORMED,
+        DEPENDENT=dependent,
+        num_warps=4,
+        **launch_options(dependent),
+    )
+    return out
+
+
+def add_gemv(residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *, dependent: bool) -> None:
+    """`residual += x · weightᵀ`: residual [R, N], x [R, K], R ≤ 4, weight [N, K], all contiguous."""
+    rows, columns = x.shape
+    block = 4
+    _add_gemv[(triton.cdiv(weight.shape[0], block),)](
+        residual,
+        x,
+        weight,
+        SIZE=weight.shape[0],
+        ROWS=rows,
+        COLUMNS=columns,
+        TILE=min(_COLUMNS, triton.next_power_of_2(columns)),
+        BLOCK=block,
+        DEPENDENT=dependent,
+        num_warps=4,
+        **launch_options(dependent),
+    )
+
+
+@triton.jit
+def _normed_gemv(
+    x_ptr,
+    norm_ptr,
+    weight_ptr,
+    out_ptr,
+    eps,
+    SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MODE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    n, k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, PADDED)
+    inside = (n < SIZE)[:, None] & (k < COLUMNS)[None, :]
+    at = weight_ptr + n[:, None].to(tl.int64) * COLUMNS + k[None, :]
+    weight = tl.load(at, mask=inside, other=0.0)
+    up = weight
+    if MODE == _GATED:
+        up = tl.load(at + SIZE * COLUMNS, mask=inside, other=0.0)
+    norm = tl.load(norm_ptr + k, mask=k < COLUMNS, other=0.0).to(tl.float32)
+    wait(DEPENDENT)
+    for row in tl.static_range(ROWS):
+        x = tl.load(x_ptr + row * COLUMNS + k, mask=k < COLUMNS, other=0.0).to(tl.float32)
+        normed = x * tl.rsqrt(tl.sum(x * x, 0) / COLUMNS + eps) * norm
+        normed = normed.to(weight_ptr.dtype.element_ty).to(tl.float32)[None, :]  # rounded as the norm alone rounds
+        product = tl.sum(weight.to(tl.float32) * normed, 1)
+        if MODE == _GATED:
+            product = product / (1 + tl.exp(-product)) * tl.sum(up.to(tl.float32) * normed, 1)
+        tl.store(out_ptr + row * SIZE + n, product.to(out_ptr.dtype.element_ty), mask=n < SIZE)
+
+
+@triton.jit
+def _add_gemv(
+    residual_ptr,
+    x_ptr,
+    weight_ptr,
+    SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    n, k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, TILE)
+    inside = n[:, None] < SIZE
+    at = weight_ptr + n[:, None].to(tl.int64) * COLUMNS + k[None, :]
+    # Three tiles are on their way before the wait: 3,072 columns, which is most of what small models have.
+    weight_0 = tl.load(at, mask=inside & (k < COLUMNS)[None, :], other=0.0)
+    weight_1 = tl.load(at + TILE, mask=inside & (k + TILE < COLUMNS)[None, :], other=0.0)
+    weight_2 = tl.load(at + 2 * TILE, mask=inside & (k + 2 * TILE < COLUMNS)[None, :], other=0.0)
+    wait(DEPENDENT)
+    for row in tl.static_range(ROWS):
+        x = x_ptr + row * COLUMNS + k
+        part = weight_0.to(tl.float32) * tl.load(x, mask=k < COLUMNS, other=0.0).to(tl.float32)[None, :]
+        if COLUMNS > TILE:
+            x_1 = tl.load(x + TILE, mask=k + TILE < COLUMNS, other=0.0).to(tl.float32)
+            part += weight_1.to(tl.float32) * x_1[None, :]
+        if COLUMNS > 2 * TILE:
+            x_2 = tl.load(x + 2 * TILE, mask=k + 2 * TILE < COLUMNS, other=0.0).to(tl.float32)
+            part += weight_2.to(tl.float32) * x_2[None, :]
+        for first in range(3 * TILE, COLUMNS, TILE):
+            known = k + first < COLUMNS
+            weight = tl.load(at + first, mask=inside & known[None, :], other=0.0).to(tl.float32)
+            part += weight * tl.load(x + first, mask=known, other=0.0).to(tl.float32)[None, :]
+        place = residual_ptr + row * SIZE + n
+        result = tl.load(place, mask=n < SIZE, other=0.0).to(tl.float32) + tl.sum(part, 1)
+        tl.store(place, result.to(residual_ptr.dtype.element_ty), mask=n < SIZE)

@@ -1,0 +1,192 @@
+"""Causal attention of chunks of new tokens over a paged cache that already holds their K and V.
+
+Prior art: FlashAttention 2 (Dao 2023): a tile of queries stays on the chip, keys and values stream past it, and the
+softmax is rescaled as larger scores appear. Chunks of several requests share one launch: a list of tiles says which
+request and which tokens each program has, so no request is padded to another's length. The query heads of a KV head
+are rows of the same tile, so that keys are loaded once for all of them.
+
+Reference: `attention.torch_naive`.
+"""
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import triton
+import triton.language as tl
+
+_LOG2_E = math.log2(math.e)
+_ROWS = 128  # query rows of a tile: tokens times heads of a group
+_FIELDS = 4  # numbers that describe a tile
+
+
+def plan_tiles(
+    query_lens: list[int], seq_lens: list[int], first_request: int, first_token: int, group: int
+) -> npt.NDArray[np.int32]:
+    """The tiles of a step's chunks, int32 [n, 4]: row of the block table, first token, its position, tokens.
+
+    Args:
+        query_lens, seq_lens: of the requests that compute chunks; as in `AttentionMetadata`.
+        first_request: the first one's row of the block table; the others follow.
+        first_token: the first one's first token in the step; the others follow.
+        group: query heads that share a KV head.
+
+    Those with the longest context come first, so that no long one is left running alone at the end.
+    """
+    tokens = _ROWS // triton.next_power_of_2(group)
+    tiles = []
+    for request, (query_len, seq_len) in enumerate(zip(query_lens, seq_lens, strict=True)):
+        starts = np.arange(0, query_len, tokens)
+        tile = np.empty((len(starts), _FIELDS), np.int32)
+        tile[:, 0] = first_request + request
+        tile[:, 1] = first_token + starts
+        tile[:, 2] = seq_len - query_len + starts
+        tile[:, 3] = np.minimum(query_len - starts, tokens)
+        tiles.append(tile)
+        first_token += query_len
+    planned = np.concatenate(tiles)
+    return np.ascontiguousarray(planned[np.argsort(-planned[:, 2], kind="stable")])
+
+
+def paged_prefill(
+    query: torch.Tensor, kv_layer: torch.Tensor, block_table: torch.Tensor, tiles: torch.Tensor, out: torch.Tensor
+) -> None:
+    """Writes the attention of every token of `tiles` to `out`.
+
+    Args:
+        query: [T, Hq, head_dim]; a head is contiguous.
+        kv_layer: [2, Hkv, blocks, block_size, head_dim], contiguous; the chunks' own K and V are in it.
+        block_table: int64 [R, blocks], row-major.
+        tiles: int32 [n, 4], see `plan_tiles`; a tile of 0 tokens is passed over.
+        out: [T, Hq · head_dim], contiguous.
+    """
+    _, num_q_heads, head_dim = query.shape
+    _, num_kv_heads, num_blocks, block_size, _ = kv_layer.shape
+    group = num_q_heads // num_kv_heads
+    padded = triton.next_power_of_2(head_dim)
+    wide = query.dtype == torch.float32
+    _paged_prefill[(num_kv_heads, tiles.shape[0])](
+        query,
+        kv_layer,
+        block_table,
+        tiles,
+        out,
+        _LOG2_E / math.sqrt(head_dim),
+        query.stride(0),
+        block_table.stride(0),
+        num_kv_heads * num_blocks * block_size * head_dim,
+        num_blocks * block_size * head_dim,
+        NUM_KV_HEADS=num_kv_heads,
+        GROUP=group,
+        GROUP_ROWS=triton.next_power_of_2(group),
+        ROWS=_ROWS,
+        HEAD_DIM=head_dim,
+        PADDED=padded,
+        BLOCK_SIZE=block_size,
+        TILE=32 if wide or padded > 128 else 64,
+        num_warps=8 if padded > 64 else 4,
+        num_stages=2 if wide or padded > 128 else 3,
+    )
+
+
+@triton.jit
+def _paged_prefill(
+    query_ptr,
+    kv_ptr,
+    table_ptr,
+    tiles_ptr,
+    out_ptr,
+    scale,
+    query_stride,
+    table_stride,
+    value_offset,
+    head_stride,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    head = tl.program_id(0)
+    tile = tiles_ptr + tl.program_id(1) * 4
+    table = table_ptr + tl.load(tile).to(tl.int64) * table_stride
+    first_token = tl.load(tile + 1).to(tl.int64)
+    first_position = tl.load(tile + 2)
+    num_tokens = tl.load(tile + 3)
+    if num_tokens == 0:
+        return
+    row, column = tl.arange(0, ROWS), tl.arange(0, PADDED)
+    token, member = row // GROUP_ROWS, row % GROUP_ROWS
+    in_head = column < HEAD_DIM
+    in_tile = ((token < num_tokens) & (member < GROUP))[:, None] & in_head[None, :]
+    in_token = (head * GROUP + member)[:, None] * HEAD_DIM + column[None, :]
+    at_query = (first_token + token)[:, None] * query_stride + in_token
+    query = tl.load(query_ptr + at_query, mask=in_tile, other=0.0)
+    keys = kv_ptr + head.to(tl.int64) * head_stride
+    largest = tl.full([ROWS], -1e30, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, PADDED], tl.float32)
+    seq_len = first_position + num_tokens
+    last_seen = first_position + token
+    whole = ((first_position + 1) // TILE) * TILE  # keys before this are seen by every query of the tile
+    acc, total, largest = _attend(
+        acc, total, largest, query, keys, table, last_seen, scale, value_offset, 0, whole,
+        HEAD_DIM, PADDED, BLOCK_SIZE, TILE, False,
+    )  # fmt: skip
+    acc, total, largest = _attend(
+        acc, total, largest, query, keys, table, last_seen, scale, value_offset, whole, seq_len,
+        HEAD_DIM, PADDED, BLOCK_SIZE, TILE, True,
+    )  # fmt: skip
+    at_out = (first_token + token)[:, None] * (NUM_KV_HEADS * GROUP * HEAD_DIM) + in_token
+    tl.store(out_ptr + at_out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=in_tile)
+
+
+@triton.jit
+def _attend(
+    acc,
+    total,
+    largest,
+    query,
+    keys,
+    table,
+    last_seen,
+    scale,
+    value_offset,
+    start,
+    end,
+    HEAD_DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Goes on with the keys `start` to `end`; MASKED: some of them lie after some of the queries, or after the end."""
+    key_index, column = tl.arange(0, TILE), tl.arange(0, PADDED)
+    in_head = column < HEAD_DIM
+    for first in range(start, end, TILE):
+        position = first + key_index
+        known = position < end
+        block = tl.load(table + position // BLOCK_SIZE, mask=known, other=0)
+        place = (block * BLOCK_SIZE + position % BLOCK_SIZE) * HEAD_DIM
+        at_key = keys + place[None, :] + column[:, None]
+        at_value = keys + value_offset + place[:, None] + column[None, :]
+        if MASKED or PADDED != HEAD_DIM:
+            key = tl.load(at_key, mask=known[None, :] & in_head[:, None], other=0.0)
+            value = tl.load(at_value, mask=known[:, None] & in_head[None, :], other=0.0)
+        else:
+            key = tl.load(at_key)
+            value = tl.load(at_value)
+        scores = tl.dot(query, key.to(query.dtype), input_precision="ieee") * scale
+        if MASKED:
+            scores = tl.where(position[None, :] <= last_seen[:, None], scores, -1e30)
+        new_largest = tl.maximum(largest, tl.max(scores, 1))
+        shrink = tl.exp2(largest - new_largest)
+        weights = tl.exp2(scores - new_largest[:, None])
+        total = total * shrink + tl.sum(weights, 1)
+        largest = new_largest
+        acc = tl.dot(weights.to(query.dtype), value.to(query.dtype), acc * shrink[:, None], input_precision="ieee")
+    return acc, total, largest

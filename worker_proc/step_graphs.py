@@ -1,0 +1,24 @@
+"""What may compute a whole step in one go, in place of the runner's own operators."""
+
+from typing import Protocol
+
+from folovllm.worker_proc.output_thread import PendingOutput
+from folovllm.worker_proc.step_arrays import StepArrays
+
+
+class StepGraphs(Protocol):
+    """Captured steps; chosen at the start, see `cuda_graphs`."""
+
+    def replay(self, step_id: int, arrays: StepArrays) -> PendingOutput | None:
+        """The result, on its way, of a step that has been applied to the rows; None if the runner is to compute it.
+
+        A step that is taken is counted as computed, on the host and on the device.
+        """
+        ...
+
+
+class NoGraphs:
+    """For devices without graphs, and for runners that only measure."""
+
+    def replay(self, step_id: int, arrays: StepArrays) -> PendingOutput | None:  # noqa: ARG002 - takes no step
+        return None
