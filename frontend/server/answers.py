@@ -94,8 +94,12 @@ async def all_whole(sources: Sequence[Outputs]) -> list[RequestOutput]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def in_portions(outputs: Outputs, num_tokens: int) -> Outputs:
+def in_portions(outputs: Outputs, num_tokens: int) -> Outputs:
     """The same outputs, joined until so many tokens are new; the first and the last ones come at once."""
+    return outputs if num_tokens == 1 else _gathered(outputs, num_tokens)
+
+
+async def _gathered(outputs: Outputs, num_tokens: int) -> Outputs:
     gathered = Gathered()
     first = True
     async with aclosing(outputs) as parts:

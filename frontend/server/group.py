@@ -11,13 +11,13 @@ through which their metrics add up.
 import contextlib
 import os
 import pathlib
+import select
 import shutil
 import socket
 import tempfile
 from collections.abc import Callable
 
 import msgspec
-import zmq
 
 from folovllm.common.child_process import ChildProcess
 from folovllm.common.errors import EngineDeadError, EngineStartError
@@ -29,6 +29,7 @@ logger = get_logger(__name__)
 
 _CHILD_MODULE = "folovllm.frontend.server"
 _GRACE_S = 10.0  # beyond the drain time-out, for a child to end in order; then it ends itself by force
+_READY_POLL_MS = 50
 _ENDING_S = 2.0  # what that takes it
 
 
@@ -94,11 +95,11 @@ class ServerGroup:
             engine: the engine's process, if it is this process's own child.
             on_ready: called when every child serves.
         """
-        poller = zmq.Poller()
+        poller = select.poll()
         for descriptor in [child.sentinel for child in self._children] + ([engine.sentinel] if engine else []):
-            poller.register(descriptor, zmq.POLLIN)
+            poller.register(descriptor, select.POLLIN)
         told = False
-        while not poller.poll(None if told else 50):
+        while not poller.poll(None if told else _READY_POLL_MS):
             if not told and len(list(self._folder.glob("ready-*"))) == len(self._children):
                 told = True
                 on_ready()

@@ -205,6 +205,31 @@ def test_L32_L31_content_in_parts_or_null(core: FakeCore) -> None:
     run(core.endpoint, scenario)
 
 
+@pytest.mark.parametrize(
+    "arguments, status",
+    [
+        ('{"city": "X"}', 200),
+        ({"city": "X"}, 200),
+        ("", 200),
+        ("[]", 400),
+        ("42", 400),
+        ('{"city":"Bei', 400),
+        ([], 400),
+    ],
+)
+def test_L31_a_history_with_bad_arguments_is_refused_by_its_place(saying: Script, arguments: Any, status: int) -> None:
+    async def scenario(server: Served) -> None:
+        call = {"id": "t1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+        history = [*HELLO, {"role": "assistant", "content": None, "tool_calls": [call]}]
+        history.append({"role": "tool", "tool_call_id": "t1", "content": "7"})
+        answer = await server.post(PATH, {"messages": history, "max_tokens": 2})
+        assert answer.status_code == status, answer.text
+        if status == 400:
+            assert answer.json()["error"]["param"].startswith("messages[1]")
+
+    run(saying("x").endpoint, scenario)
+
+
 @pytest.mark.parametrize("content", ["OK! ", "OK!\n"])
 def test_L33_the_last_message_is_continued(core: FakeCore, content: str) -> None:
     async def scenario(server: Served) -> None:
