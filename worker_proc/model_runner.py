@@ -81,7 +81,7 @@ class ModelRunner:
         hidden = self._model.forward(batch.input_ids, batch.positions, attention)
         if batch.num_sampling == 0:
             return StepResult(step.step_id, None)
-        logits = self._model.compute_logits(batch.sampling_rows(hidden))[:, : self._num_valid_token_ids]
+        logits = self._model.compute_logits(batch.sampling_rows(hidden))[:, : self._num_valid_token_ids].float()
         apply_constraints(logits, batch.constraints)
         sampled = sample(logits, batch.sampling)
         self._states.record(index.sampling_slots, batch.next_positions, sampled.token_ids)

@@ -32,8 +32,8 @@ class Qwen2ForCausalLM:
         return self.model.forward(input_ids, positions, attention)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states [R, hidden_size] → logits [R, vocab_size], float32."""
-        return self.lm_head(hidden).float()
+        """Hidden states [R, hidden_size] → logits [R, vocab_size], of the weights' type."""
+        return self.lm_head(hidden)
 
     def checkpoint_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor a checkpoint must hold: its name, and the view that it is copied into."""

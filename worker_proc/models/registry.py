@@ -21,7 +21,7 @@ class CausalLM(Protocol):
         ...
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states [R, hidden_size] of the tokens to sample after → logits [R, vocab_size], float32."""
+        """Hidden states [R, hidden_size] of tokens to sample after → logits [R, vocab_size] in the weights' type."""
         ...
 
     def checkpoint_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:

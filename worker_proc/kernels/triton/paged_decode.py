@@ -100,7 +100,6 @@ def paged_decode(
         num_kv_heads * num_blocks * block_size * head_dim,
         num_blocks * block_size * head_dim,
         requests.min_part,
-        NUM_PARTS=requests.num_parts,
         WITH_ROWS=requests.rows is not None,
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,
@@ -135,7 +134,6 @@ def _paged_decode(
     value_offset,
     head_stride,
     min_part,
-    NUM_PARTS: tl.constexpr,
     WITH_ROWS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -149,7 +147,7 @@ def _paged_decode(
     request, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     wait(DEPENDENT)
     seq_len = tl.load(seq_lens_ptr + request).to(tl.int32)
-    part_len = tl.maximum(min_part, tl.cdiv(tl.cdiv(seq_len, NUM_PARTS), TILE) * TILE)
+    part_len = tl.maximum(min_part, tl.cdiv(tl.cdiv(seq_len, tl.num_programs(2)), TILE) * TILE)
     num_parts = tl.cdiv(seq_len, part_len)
     if part >= num_parts:
         return
@@ -199,7 +197,7 @@ def _paged_decode(
     if num_parts == 1:
         tl.store(out, result.to(out_ptr.dtype.element_ty), mask=in_group)
     else:
-        base = (request * NUM_KV_HEADS + head) * NUM_PARTS * GROUP
+        base = (request * NUM_KV_HEADS + head) * tl.num_programs(2) * GROUP
         at = (base + part * GROUP + row)[:, None] * HEAD_DIM + column[None, :]
         tl.store(outputs_ptr + at, result, mask=in_group)
         tl.store(log_sums_ptr + base + part * GROUP + row, largest + tl.log2(total), mask=row < GROUP)
