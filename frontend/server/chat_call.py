@@ -13,7 +13,7 @@ from folovllm.frontend.server.conversation import to_messages, to_tools
 from folovllm.frontend.server.parsers.base import AnswerContext, ReasoningFormat, ToolFormat
 from folovllm.frontend.server.protocol.chat import ChatRequest
 from folovllm.frontend.server.protocol.tools import NamedToolChoice, Tool
-from folovllm.frontend.server.sampling import MAX_TOP_LOGPROBS, to_sampling_params
+from folovllm.frontend.server.sampling import MAX_TOP_LOGPROBS, structured_outputs, to_sampling_params
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +56,14 @@ async def prepare_chat(context: ServerContext, body: ChatRequest, request_id: st
     tool_format = _tool_format(context, body, tools)
     reasoning_format = context.reasoning_format
     rendered = render_prompt(context, body)
+    constraint = _constraint(body, tools, tool_format)
+    _check_budget(body, reasoning_format, has_constraint=constraint is not None or structured_outputs(body) is not None)
     keeps_special = any(format_ and format_.keep_special_tokens for format_ in (tool_format, reasoning_format))
     params = to_sampling_params(
         body,
         max_tokens=_max_tokens(body),
         logprobs=num_top,
-        structured_outputs=_constraint(body, tools, tool_format),
+        structured_outputs=constraint,
         skip_special_tokens=False if keeps_special else None,
     )
     prompt = await to_prompt(context, rendered.text, add_special_tokens=False, cache_salt=body.cache_salt)
@@ -99,8 +101,6 @@ def _check(body: ChatRequest) -> int | None:
         raise RequestError("messages is empty: a chat has at least one message", "messages")
     if body.modalities not in (None, ["text"]):
         raise RequestError('modalities must be ["text"]', "modalities")
-    if body.thinking_budget is not None:
-        raise RequestError("thinking_budget is not supported by this version", "thinking_budget")
     if not body.logprobs:
         if body.top_logprobs is not None and (body.logprobs is False or body.top_logprobs):
             raise RequestError("top_logprobs needs logprobs=true", "top_logprobs")
@@ -109,6 +109,28 @@ def _check(body: ChatRequest) -> int | None:
     if not 0 <= num_top <= MAX_TOP_LOGPROBS:
         raise RequestError(f"top_logprobs={num_top} must lie between 0 and {MAX_TOP_LOGPROBS}", "top_logprobs")
     return num_top
+
+
+def _check_budget(body: ChatRequest, reasoning_format: ReasoningFormat | None, *, has_constraint: bool) -> None:
+    """Raises RequestError where thoughts cannot be bounded (`thinking`)."""
+    budget = body.thinking_budget
+    if budget is None:
+        return
+    if budget < 1:
+        raise RequestError(f"thinking_budget={budget} must be at least 1", "thinking_budget")
+    if reasoning_format is None:
+        raise RequestError(
+            "this server does not know how its model writes thoughts; start it with --reasoning-parser NAME",
+            "thinking_budget",
+        )
+    for name, is_given in (
+        ("n > 1", (body.n or 1) > 1),
+        ("logprobs", bool(body.logprobs)),
+        ("prompt_logprobs", body.prompt_logprobs is not None),
+        ("structured outputs, or a tool_choice that asks for a call", has_constraint),
+    ):
+        if is_given:
+            raise RequestError(f"thinking_budget does not go with {name}", "thinking_budget")
 
 
 def _max_tokens(body: ChatRequest) -> int | None:

@@ -54,6 +54,7 @@ def to_chat_request(body: ResponsesRequest) -> ChatRequest:
         priority=body.priority,
         timeout_s=body.timeout_s,
         request_id=body.request_id,
+        thinking_budget=body.thinking_budget,
         chat_template_kwargs=body.chat_template_kwargs,
     )
 

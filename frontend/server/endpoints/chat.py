@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from folovllm.frontend.outputs import CompletionOutput, Logprob, RequestOutput
 from folovllm.frontend.server.answer_parts import AnswerSplitter, Parts
-from folovllm.frontend.server.answers import answer, in_portions, whole
+from folovllm.frontend.server.answers import in_portions, whole
 from folovllm.frontend.server.chat_call import ChatCall, prepare_chat
 from folovllm.frontend.server.context import ServerContext, ignored_header, json_response, request_id_of
 from folovllm.frontend.server.endpoint import Endpoint
@@ -28,6 +28,7 @@ from folovllm.frontend.server.protocol.chat import (
 from folovllm.frontend.server.protocol.common import Usage
 from folovllm.frontend.server.protocol.tools import FunctionCall, FunctionCallDelta, ToolCall, ToolCallDelta
 from folovllm.frontend.server.sse import DONE, EventStream, encode_event, error_event, unless_disconnected
+from folovllm.frontend.server.thinking import chat_answer
 from folovllm.frontend.server.usage import UsageCount
 
 _ROLE = "assistant"
@@ -44,7 +45,7 @@ class ChatCompletions:
         body = await self._reader.read(request)
         self._context.check_open()
         call = await prepare_chat(self._context, body.value, request_id_of(request))
-        outputs = answer(self._context, call.job)
+        outputs = chat_answer(self._context, call)
         writer = _Writer(self._context, call)
         if not body.value.stream:
             result = await unless_disconnected(request, whole(outputs))

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from folovllm.frontend.outputs import CompletionOutput, RequestOutput
 from folovllm.frontend.server.answer_parts import AnswerSplitter, Parts
-from folovllm.frontend.server.answers import answer, in_portions, whole
+from folovllm.frontend.server.answers import in_portions, whole
 from folovllm.frontend.server.chat_call import ChatCall, prepare_chat, render_prompt
 from folovllm.frontend.server.context import ServerContext, ignored_header, json_response, request_id_of
 from folovllm.frontend.server.endpoint import Endpoint
@@ -40,6 +40,7 @@ from folovllm.frontend.server.protocol.messages import (
     ToolUseBlock,
 )
 from folovllm.frontend.server.sse import EventStream, encode_named_event, unless_disconnected
+from folovllm.frontend.server.thinking import chat_answer
 from folovllm.frontend.server.usage import UsageCount
 
 
@@ -56,7 +57,7 @@ class Messages:
         self._context.check_open()
         chat = to_chat_request(body.value, self._context.chat_template)
         call = await prepare_chat(self._context, chat, request_id_of(request))
-        outputs = answer(self._context, call.job)
+        outputs = chat_answer(self._context, call)
         writer = _Writer(call)
         if not body.value.stream:
             result = await unless_disconnected(request, whole(outputs))

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from folovllm.frontend.outputs import CompletionOutput, RequestOutput
-from folovllm.frontend.server.answers import answer, in_portions, whole
+from folovllm.frontend.server.answers import in_portions, whole
 from folovllm.frontend.server.chat_call import ChatCall, prepare_chat
 from folovllm.frontend.server.context import ServerContext, ignored_header, json_response, request_id_of
 from folovllm.frontend.server.endpoint import Endpoint
@@ -43,6 +43,7 @@ from folovllm.frontend.server.protocol.responses import (
 )
 from folovllm.frontend.server.responses_form import to_chat_request
 from folovllm.frontend.server.sse import EventStream, encode_named_event, unless_disconnected
+from folovllm.frontend.server.thinking import chat_answer
 from folovllm.frontend.server.usage import UsageCount
 
 _Ending = Literal["completed", "incomplete"]
@@ -59,7 +60,7 @@ class Responses:
         body = await self._reader.read(request)
         self._context.check_open()
         call = await prepare_chat(self._context, to_chat_request(body.value), request_id_of(request))
-        outputs = answer(self._context, call.job)
+        outputs = chat_answer(self._context, call)
         writer = _Writer(self._context, body.value, call)
         if not body.value.stream:
             result = await unless_disconnected(request, whole(outputs))

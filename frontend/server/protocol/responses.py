@@ -63,7 +63,7 @@ class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
         text: what the text must look like.
         reasoning: how much the model thinks.
         include: nothing can be included; only an empty list.
-        cache_salt, priority, timeout_s, request_id, chat_template_kwargs: as for chats.
+        cache_salt, priority, timeout_s, request_id, thinking_budget, chat_template_kwargs: as for chats.
         store, background, previous_response_id, conversation, prompt, max_tool_calls, top_logprobs, truncation: not
             supported beyond null, false, and "disabled": nothing is kept between two requests.
         metadata, user, safety_identifier, prompt_cache_key, prompt_cache_retention, service_tier: accepted; they
@@ -92,6 +92,7 @@ class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
     priority: int | None = None
     timeout_s: float | None = None
     request_id: str | None = None
+    thinking_budget: int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     store: bool | None = None
     background: bool | None = None
