@@ -184,7 +184,13 @@ def test_several_processes_over_one_engine(start: Callable[..., ServeProcess]) -
         page = http.get("/metrics").text
     assert 'folovllm:request_success_total{finished_reason="length",model_name="tiny"} 20.0' in page
     assert page.count("folovllm:num_requests_running{") == 1
-    code, errors, left = server.end(signal.SIGTERM)
+    with server.client() as http, http.stream("POST", COMP, json=LONG | {"stream": True}) as response:
+        events = lines_of(response)
+        next(events)
+        family = server.family()
+        server.process.send_signal(signal.SIGTERM)
+        assert list(events)[-1]["choices"][0]["finish_reason"] == "length"
+    code, errors, left = server.outcome(family)
     assert (code, left) == (143, 0)
     assert "Traceback" not in errors
 
