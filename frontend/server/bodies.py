@@ -1,7 +1,7 @@
 """Bodies of requests: bounded, strict, and refused in few words."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -64,6 +64,26 @@ class BodyReader(Generic[Kind]):
                 if unknown is None or len(ignored) == _MAX_IGNORED or not _remove(raw, unknown[2] or "$", unknown[1]):
                     raise _refusal(error) from error
                 ignored.append(_param(unknown[2] or "$", unknown[1]))
+
+
+class FieldCheck:
+    """Unknown fields of objects that no Struct describes: refused, or where the server is lenient, noted.
+
+    Attributes:
+        ignored: fields that were passed over, those of the body first.
+    """
+
+    def __init__(self, body: Body[Any], *, lenient: bool) -> None:
+        self.ignored = list(body.ignored)
+        self._lenient = lenient
+
+    def check(self, given: Mapping[str, Any], known: Collection[str], where: str) -> None:
+        """Clients send objects back with all their nulls, so a null is no field. Raises ApiError 400."""
+        unknown = sorted(name for name, value in given.items() if value is not None and name not in known)
+        if unknown and not self._lenient:
+            param = f"{where}.{unknown[0][:_SHOWN]}"
+            raise ApiError(400, f"unknown field {param}", param=param, code="unknown_field")
+        self.ignored += [f"{where}.{name[:_SHOWN]}" for name in unknown[:_MAX_IGNORED]]
 
 
 async def read_bytes(request: Request, max_bytes: int) -> bytes:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from folovllm.common.errors import RequestError
+from folovllm.frontend.server.bodies import FieldCheck
 from folovllm.frontend.server.protocol.chat import ChatMessage, ChatRequest
 from folovllm.frontend.server.protocol.messages import (
     CountTokensRequest,
@@ -25,16 +26,18 @@ _ANYWHERE = frozenset({"type", "cache_control"})
 _BLOCKS_OF = {"user": ("text", "tool_result"), "assistant": ("text", "thinking", "tool_use")}
 
 
-def to_chat_request(body: MessagesRequest, chat_template: str) -> ChatRequest:
+def to_chat_request(body: MessagesRequest, chat_template: str, fields: FieldCheck) -> ChatRequest:
     """The same request in the other form. Raises RequestError for what has no counterpart.
 
     Args:
         body: as it came.
         chat_template: source of the model's template; "" for none.
+        fields: what is done about unknown fields of its blocks.
     """
     return _with_conversation(
         body,
         chat_template,
+        fields,
         max_tokens=body.max_tokens,
         stop=body.stop_sequences,
         stream=body.stream,
@@ -44,16 +47,16 @@ def to_chat_request(body: MessagesRequest, chat_template: str) -> ChatRequest:
     )
 
 
-def to_counted_request(body: CountTokensRequest, chat_template: str) -> ChatRequest:
+def to_counted_request(body: CountTokensRequest, chat_template: str, fields: FieldCheck) -> ChatRequest:
     """A request whose prompt is the one to be counted."""
-    return _with_conversation(body, chat_template)
+    return _with_conversation(body, chat_template, fields)
 
 
-def _with_conversation(body: CountTokensRequest, chat_template: str, **more: Any) -> ChatRequest:
+def _with_conversation(body: CountTokensRequest, chat_template: str, fields: FieldCheck, **more: Any) -> ChatRequest:
     choice = body.tool_choice
     return ChatRequest(
         model=body.model,
-        messages=_messages(body),
+        messages=_messages(body, fields),
         continue_final_message=bool(body.messages) and body.messages[-1].role == "assistant",
         tools=[_tool(i, tool) for i, tool in enumerate(body.tools)] if body.tools else None,
         tool_choice=None if choice is None else _tool_choice(choice),
@@ -87,20 +90,20 @@ def _tool_choice(choice: MessagesToolChoice) -> ToolChoice:
     return names[choice.type]
 
 
-def _messages(body: CountTokensRequest) -> list[ChatMessage]:
+def _messages(body: CountTokensRequest, fields: FieldCheck) -> list[ChatMessage]:
     messages = []
     if body.system is not None:
         messages.append(ChatMessage(role="system", content=_text_of(body.system, "system")))
     for i, message in enumerate(body.messages):
-        messages += _message(message, f"messages[{i}].content")
+        messages += _message(message, f"messages[{i}].content", fields)
     return messages
 
 
-def _message(message: MessageParam, where: str) -> list[ChatMessage]:
+def _message(message: MessageParam, where: str, fields: FieldCheck) -> list[ChatMessage]:
     """A message; results of tools are messages of their own in the other form, and come before the text."""
     if isinstance(message.content, str):
         return [ChatMessage(role=message.role, content=message.content)]
-    blocks = [_checked(block, message.role, f"{where}[{i}]") for i, block in enumerate(message.content)]
+    blocks = [_checked(block, message.role, f"{where}[{i}]", fields) for i, block in enumerate(message.content)]
     results = [
         ChatMessage(
             role="tool",
@@ -129,17 +132,12 @@ def _call(block: Mapping[str, Any]) -> dict[str, Any]:
     return {"id": block.get("id"), "type": "function", "function": function}
 
 
-def _checked(block: Mapping[str, Any], role: str, where: str) -> Mapping[str, Any]:
+def _checked(block: Mapping[str, Any], role: str, where: str, fields: FieldCheck) -> Mapping[str, Any]:
     kind = block.get("type")
     if kind not in _BLOCKS_OF[role]:
         known = ", ".join(_BLOCKS_OF[role])
         raise RequestError(f"{where}.type={str(kind)[:80]!r} cannot be given to this model, but {known}", where)
-    given = {
-        name for name, value in block.items() if value is not None
-    }  # clients send blocks back with all their nulls
-    unknown = sorted(given - _BLOCK_FIELDS[str(kind)] - _ANYWHERE)
-    if unknown:
-        raise RequestError(f"unknown field {where}.{unknown[0][:80]}", f"{where}.{unknown[0][:80]}")
+    fields.check(block, _BLOCK_FIELDS[str(kind)] | _ANYWHERE, where)
     if kind == "text" and not isinstance(block.get("text"), str):
         raise RequestError(f"{where}.text must be a string", f"{where}.text")
     return block

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from folovllm.common.errors import RequestError
+from folovllm.frontend.server.bodies import FieldCheck
 from folovllm.frontend.server.protocol.chat import ChatMessage, ChatRequest
 from folovllm.frontend.server.protocol.responses import NamedTool, ResponsesRequest, TextFormat
 from folovllm.frontend.server.protocol.sampling import JsonSchema, ResponseFormat
@@ -29,13 +30,18 @@ _ITEM_FIELDS: Mapping[str, frozenset[str]] = {
 _ANYWHERE = frozenset({"type", "id", "status"})
 
 
-def to_chat_request(body: ResponsesRequest) -> ChatRequest:
-    """The same request in the other form. Raises RequestError for what has no counterpart."""
+def to_chat_request(body: ResponsesRequest, fields: FieldCheck) -> ChatRequest:
+    """The same request in the other form. Raises RequestError for what has no counterpart.
+
+    Args:
+        body: as it came.
+        fields: what is done about unknown fields of its items.
+    """
     _check(body)
     text_format = body.text.format if body.text else None
     return ChatRequest(
         model=body.model,
-        messages=_messages(body),
+        messages=_messages(body, fields),
         max_completion_tokens=body.max_output_tokens,
         stream=body.stream,
         stream_options=body.stream_options,
@@ -100,7 +106,7 @@ def _response_format(text_format: TextFormat) -> ResponseFormat:
     )
 
 
-def _messages(body: ResponsesRequest) -> list[ChatMessage]:
+def _messages(body: ResponsesRequest, fields: FieldCheck) -> list[ChatMessage]:
     messages = [] if body.instructions is None else [ChatMessage(role="system", content=body.instructions)]
     if isinstance(body.input, str):
         return [*messages, ChatMessage(role="user", content=body.input)]
@@ -108,6 +114,7 @@ def _messages(body: ResponsesRequest) -> list[ChatMessage]:
     for i, item in enumerate(body.input):
         where = f"input[{i}]"
         kind = _kind(item, where)
+        fields.check(item, _ITEM_FIELDS[kind] | _ANYWHERE, where)
         if kind == "reasoning":
             thoughts = _text_of(item.get("content") or [], f"{where}.content")
         elif kind == "message":
@@ -129,10 +136,6 @@ def _kind(item: Mapping[str, Any], where: str) -> str:
     if not isinstance(kind, str) or kind not in _ITEM_FIELDS:
         known = ", ".join(_ITEM_FIELDS)
         raise RequestError(f"{where}.type={str(kind)[:80]!r} cannot be given to this model, but {known}", where)
-    given = {name for name, value in item.items() if value is not None}  # clients send items back with all their nulls
-    unknown = sorted(given - _ITEM_FIELDS[kind] - _ANYWHERE)
-    if unknown:
-        raise RequestError(f"unknown field {where}.{unknown[0][:80]}", f"{where}.{unknown[0][:80]}")
     return kind
 
 

@@ -11,6 +11,7 @@ from starlette.responses import Response
 from folovllm.frontend.outputs import CompletionOutput, RequestOutput
 from folovllm.frontend.server.answer_parts import AnswerSplitter, Parts
 from folovllm.frontend.server.answers import in_portions, whole
+from folovllm.frontend.server.bodies import FieldCheck
 from folovllm.frontend.server.chat_call import ChatCall, prepare_chat, render_prompt
 from folovllm.frontend.server.context import ServerContext, ignored_header, json_response, request_id_of
 from folovllm.frontend.server.endpoint import Endpoint
@@ -55,26 +56,28 @@ class Messages:
     async def create(self, request: Request) -> Response:
         body = await self._reader.read(request)
         self._context.check_open()
-        chat = to_chat_request(body.value, self._context.chat_template)
+        fields = FieldCheck(body, lenient=self._context.options.lenient)
+        chat = to_chat_request(body.value, self._context.chat_template, fields)
         call = await prepare_chat(self._context, chat, request_id_of(request))
         outputs = chat_answer(self._context, call)
         writer = _Writer(call)
         if not body.value.stream:
             result = await unless_disconnected(request, whole(outputs))
-            return json_response(writer.message(result), ignored=body.ignored)
+            return json_response(writer.message(result), ignored=fields.ignored)
         return EventStream(
             writer.events(in_portions(outputs, self._context.options.stream_interval)),
             keep_alive_s=self._context.options.keep_alive_s,
             error_event=_error_event,
-            headers=ignored_header(body.ignored),
+            headers=ignored_header(fields.ignored),
         )
 
     async def count_tokens(self, request: Request) -> Response:
         body = await self._count_reader.read(request)
         self._context.check_model(body.value.model)
-        rendered = render_prompt(self._context, to_counted_request(body.value, self._context.chat_template))
+        fields = FieldCheck(body, lenient=self._context.options.lenient)
+        rendered = render_prompt(self._context, to_counted_request(body.value, self._context.chat_template, fields))
         ids = self._context.need_tokenizer().encode(rendered.text, add_special_tokens=False)
-        return json_response(CountTokensAnswer(input_tokens=len(ids)), ignored=body.ignored)
+        return json_response(CountTokensAnswer(input_tokens=len(ids)), ignored=fields.ignored)
 
 
 class _Writer:

@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from folovllm.frontend.outputs import CompletionOutput, RequestOutput
 from folovllm.frontend.server.answers import in_portions, whole
+from folovllm.frontend.server.bodies import FieldCheck
 from folovllm.frontend.server.chat_call import ChatCall, prepare_chat
 from folovllm.frontend.server.context import ServerContext, ignored_header, json_response, request_id_of
 from folovllm.frontend.server.endpoint import Endpoint
@@ -59,17 +60,18 @@ class Responses:
     async def create(self, request: Request) -> Response:
         body = await self._reader.read(request)
         self._context.check_open()
-        call = await prepare_chat(self._context, to_chat_request(body.value), request_id_of(request))
+        fields = FieldCheck(body, lenient=self._context.options.lenient)
+        call = await prepare_chat(self._context, to_chat_request(body.value, fields), request_id_of(request))
         outputs = chat_answer(self._context, call)
         writer = _Writer(self._context, body.value, call)
         if not body.value.stream:
             result = await unless_disconnected(request, whole(outputs))
-            return json_response(writer.whole(result), ignored=body.ignored)
+            return json_response(writer.whole(result), ignored=fields.ignored)
         return EventStream(
             writer.events(in_portions(outputs, self._context.options.stream_interval)),
             keep_alive_s=self._context.options.keep_alive_s,
             error_event=writer.error_event,
-            headers=ignored_header(body.ignored),
+            headers=ignored_header(fields.ignored),
         )
 
 

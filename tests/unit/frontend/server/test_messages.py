@@ -252,3 +252,16 @@ def test_an_aborted_answer_is_an_error(endless: FakeCore) -> None:
         assert (await task).json()["error"]["type"] == "overloaded_error"
 
     run(endless.endpoint, scenario)
+
+
+def test_a_lenient_server_notes_unknown_fields_of_blocks(core: FakeCore) -> None:
+    async def scenario(server: Served) -> None:
+        block = {"type": "text", "text": "x", "y": 1, "z": None}
+        body = HELLO | {"messages": [{"role": "user", "content": [block]}], "max_tokens": 2, "new": 5}
+        for path in (PATH, PATH + "/count_tokens"):
+            given = body if path == PATH else {name: body[name] for name in ("messages", "new")}
+            answer = await server.post(path, given)
+            assert answer.status_code == 200
+            assert answer.headers["X-Ignored-Fields"] == "new, messages[0].content[0].y"
+
+    run(core.endpoint, scenario, lenient=True)

@@ -226,3 +226,13 @@ def test_L25_a_failure_behind_the_first_token_is_an_event(endless: FakeCore) -> 
         assert "response.completed" not in visit.text
 
     run(endless.endpoint, scenario)
+
+
+def test_a_lenient_server_notes_unknown_fields_of_items(core: FakeCore) -> None:
+    async def scenario(server: Served) -> None:
+        item = {"role": "user", "content": "x", "colour": 1, "shape": None}
+        answer = await server.post(PATH, {"input": [item], "new": 5, "max_output_tokens": 2})
+        assert answer.status_code == 200
+        assert answer.headers["X-Ignored-Fields"] == "new, input[0].colour"
+
+    run(core.endpoint, scenario, lenient=True)
