@@ -11,7 +11,8 @@ import psutil
 import pytest
 
 from folovllm import LLM
-from tests.fakes.model_folder import write_model_folder
+from tests.fakes.model_folder import NUM_IDS, write_model_folder, write_tokenizer
+from tests.fakes.tiny_models import make_model
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 100.0
@@ -132,3 +133,17 @@ def is_idle(llm: LLM) -> bool:
     return stats.num_running == stats.num_waiting == stats.tokens_in_use == 0 and (
         stats.num_free_blocks == stats.num_blocks
     )
+
+
+@pytest.fixture(scope="session")
+def qwen3_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A tiny Qwen3 with weights that transformers knows too; ids 0 to 255 are bytes, 1 ends an answer."""
+    made = make_model(tmp_path_factory.mktemp("qwen3") / "model", "qwen3", vocab_size=NUM_IDS)
+    write_tokenizer(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def qwen3_llm(qwen3_folder: pathlib.Path) -> Iterator[LLM]:
+    with LLM(qwen3_folder, dtype="float32", num_gpu_blocks_override=257, cpu_threads=1) as made:
+        yield made
