@@ -101,7 +101,10 @@ def _need_server_libraries() -> None:
 
     for name in ("starlette", "uvicorn", "uvloop", "httptools", "prometheus_client"):
         if importlib.util.find_spec(name) is None:
-            raise ConfigError(f"{name} is not installed: pip install 'folovllm[server]'")
+            raise ConfigError(
+                f"{name} is not installed; the server needs the extra of that name: pip install 'folovllm[server]', or "
+                "pip install -e '.[server]' in a checkout"
+            )
 
 
 def _taken_server_options(model: str | None, given: dict[str, Any]) -> "ServerOptions":

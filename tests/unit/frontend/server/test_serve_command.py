@@ -1,5 +1,6 @@
 """`folovllm serve`: its options, keys, and what is told before a model is loaded."""
 
+import importlib.util
 import pathlib
 import socket
 from typing import Any
@@ -107,6 +108,18 @@ def test_wrong_input_is_exit_code_2(
 ) -> None:
     assert run(["serve", *arguments]) == 2
     assert message in capsys.readouterr().err
+    assert taken == []
+
+
+def test_a_missing_library_is_named_with_what_to_install(
+    taken: list[tuple[EngineSource, ServerOptions]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvloop" else find(name))
+    assert run(["serve", "demo"]) == 2
+    assert "uvloop is not installed" in capsys.readouterr().err
     assert taken == []
 
 
