@@ -29,7 +29,8 @@ from folovllm.worker_proc.kv_tensors import KVTensors
 from folovllm.worker_proc.models.registry import CausalLM
 from folovllm.worker_proc.output_thread import PendingOutput
 from folovllm.worker_proc.request_states import MIN_P, MIN_TOKENS, NUM_PROMPT, TEMPERATURE, TOP_K, TOP_P, RequestStates
-from folovllm.worker_proc.step_arrays import Ids, StepArrays
+from folovllm.worker_proc.step_arrays import StepArrays
+from folovllm.worker_proc.wire_fields import Ids
 
 _RING = 8  # results on their way to the host at once; the core has at most two steps in flight
 _PADDING = -1

@@ -27,7 +27,8 @@ from folovllm.worker_proc.request_states import (
 )
 from folovllm.worker_proc.sample.constraints import Constraint, MinTokens
 from folovllm.worker_proc.sample.sampler import SamplingTensors, split_rows
-from folovllm.worker_proc.step_arrays import Ids, StepArrays
+from folovllm.worker_proc.step_arrays import StepArrays
+from folovllm.worker_proc.wire_fields import Ids
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -95,11 +96,10 @@ class InputBatch:
 
 
 class InputBatchBuilder:
-    """Builds the steps' batches from the persistent rows. `num_columns`: ids that can be sampled are below this."""
+    """Builds the steps' batches from the persistent rows."""
 
-    def __init__(self, states: RequestStates, num_columns: int) -> None:
+    def __init__(self, states: RequestStates) -> None:
         self._states = states
-        self._num_columns = num_columns
         self._index: BatchIndex | None = None
         self._min_tokens: tuple[bytes, list[Constraint]] = (b"", [])
 
@@ -213,5 +213,5 @@ class InputBatchBuilder:
             stops = [
                 (row, self._states.stop_token_ids[slots[row]].tolist()) for row in np.flatnonzero(too_short).tolist()
             ]
-            self._min_tokens = (key, [MinTokens(stops, self._num_columns, self._states.device)])
+            self._min_tokens = (key, [MinTokens(stops, self._states.limits.num_valid_token_ids, self._states.device)])
         return self._min_tokens[1]

@@ -51,17 +51,15 @@ class ModelRunner:
         backend: AttentionBackend,
         kv: KVTensors,
         states: RequestStates,
-        num_valid_token_ids: int,
         graphs: StepGraphs | None = None,
     ) -> None:
-        """`num_valid_token_ids`: only ids below this are ever sampled; the logits may have more columns."""
         self._graphs = graphs or NoGraphs()
         self._model = model
         self._backend = backend
         self._kv = kv
         self._states = states
-        self._num_valid_token_ids = num_valid_token_ids
-        self._input_batch = InputBatchBuilder(states, num_valid_token_ids)
+        self._num_valid_token_ids = states.limits.num_valid_token_ids
+        self._input_batch = InputBatchBuilder(states)
 
     @torch.inference_mode()
     def execute(self, step: SchedulerOutput) -> PendingOutput:

@@ -12,7 +12,8 @@ import torch
 
 from folovllm.common.messages.core_worker import SchedulerOutput
 from folovllm.worker_proc.host_to_device import upload
-from folovllm.worker_proc.step_arrays import Ids, NewRow, SlotCounts, StepArrays, StepLimits, read_step
+from folovllm.worker_proc.step_arrays import NewRow, SlotCounts, StepArrays, StepLimits, read_step
+from folovllm.worker_proc.wire_fields import Ids
 
 # Columns of `floats` and `integers`.
 TEMPERATURE, TOP_P, MIN_P = range(3)

@@ -80,7 +80,7 @@ class Startup:
             states = RequestStates(self._limits(model_config, num_blocks), placement.device)
             num_ids = self._num_valid_token_ids(model_config)
             graphs = choose_graphs(model, backend, kv, states, num_ids)
-            runner = ModelRunner(model, backend, kv, states, num_ids, graphs)
+            runner = ModelRunner(model, backend, kv, states, graphs)
         self._check_stop()
         with self._phases.measure("warm up"):
             rehearse(runner, states, kv, _WARM_UP)
@@ -125,6 +125,7 @@ class Startup:
             num_blocks=num_blocks,
             block_size=config.block_size,
             vocab_size=model_config.vocab_size,
+            num_valid_token_ids=self._num_valid_token_ids(model_config),
         )
 
     def _num_blocks(self, model_config: ModelConfig, placement: Placement, activations: int) -> int:
@@ -152,7 +153,7 @@ class Startup:
         config, device = self._config, placement.device
         kv = KVTensors(model_config, 2, config.block_size, placement)
         states = RequestStates(self._limits(model_config, 2), device)
-        runner = ModelRunner(model, backend, kv, states, self._num_valid_token_ids(model_config))
+        runner = ModelRunner(model, backend, kv, states)
         budget = config.max_num_batched_tokens
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -46,9 +46,10 @@ def make_runner(
     """A runner with an empty cache and empty rows; the model may be shared, it has no state."""
     config = read_model_config(folder)
     kv = KVTensors(config, limits.num_blocks, limits.block_size, CPU_FLOAT32)
+    if num_valid_token_ids is not None:
+        limits = dataclasses.replace(limits, num_valid_token_ids=num_valid_token_ids)
     states = RequestStates(limits, CPU_FLOAT32.device)
-    valid = config.vocab_size if num_valid_token_ids is None else num_valid_token_ids
-    return ModelRunner(model, backend or PagedBackend(config.num_attention_heads), kv, states, valid)
+    return ModelRunner(model, backend or PagedBackend(config.num_attention_heads), kv, states)
 
 
 @dataclasses.dataclass

@@ -12,7 +12,13 @@ from folovllm.worker_proc.step_arrays import StepLimits
 from tests.fakes.fake_core import int32, new_request
 
 LIMITS = StepLimits(
-    num_slots=6, max_model_len=40, max_num_batched_tokens=64, num_blocks=99, block_size=4, vocab_size=100
+    num_slots=6,
+    max_model_len=40,
+    max_num_batched_tokens=64,
+    num_blocks=99,
+    block_size=4,
+    vocab_size=100,
+    num_valid_token_ids=100,
 )
 FIRST = [5, 6, 7]
 SECOND = list(range(20, 31))
@@ -24,7 +30,7 @@ class Steps:
 
     def __init__(self) -> None:
         self.states = RequestStates(LIMITS, torch.device("cpu"))
-        self.builder = InputBatchBuilder(self.states, 100)
+        self.builder = InputBatchBuilder(self.states)
         self._step_id = 0
 
     def run(self, slots: list[int], lens: list[int], new: list[NewRequest] | None = None) -> InputBatch:

@@ -22,6 +22,7 @@ LIMITS = StepLimits(
     num_blocks=120,
     block_size=4,
     vocab_size=tiny_models.VOCAB_SIZE,
+    num_valid_token_ids=tiny_models.VOCAB_SIZE,
 )
 PROMPTS = ([7], [3, 5, 7, 11, 13], list(range(40, 61)), list(range(100, 137)))
 NUM_OUTPUT = 12

@@ -7,7 +7,7 @@ from folovllm.worker_proc.step_arrays import SlotCounts, StepLimits, read_step
 
 
 def limits(num_slots: int, max_model_len: int, max_num_batched_tokens: int, block_size: int = 4) -> StepLimits:
-    return StepLimits(num_slots, max_model_len, max_num_batched_tokens, 2, block_size, 10)
+    return StepLimits(num_slots, max_model_len, max_num_batched_tokens, 2, block_size, 10, 10)
 
 
 @pytest.mark.parametrize(

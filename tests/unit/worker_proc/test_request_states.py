@@ -13,7 +13,13 @@ from folovllm.worker_proc.step_arrays import StepLimits
 from tests.fakes.fake_core import int32, new_request
 
 LIMITS = StepLimits(
-    num_slots=6, max_model_len=40, max_num_batched_tokens=64, num_blocks=200, block_size=4, vocab_size=100
+    num_slots=6,
+    max_model_len=40,
+    max_num_batched_tokens=64,
+    num_blocks=200,
+    block_size=4,
+    vocab_size=100,
+    num_valid_token_ids=100,
 )
 NUM_RANDOM_STEPS = 300
 

@@ -11,7 +11,13 @@ from folovllm.worker_proc.step_arrays import SlotCounts, StepArrays, StepLimits,
 from tests.fakes.fake_core import int32, new_request
 
 LIMITS = StepLimits(
-    num_slots=4, max_model_len=32, max_num_batched_tokens=24, num_blocks=20, block_size=4, vocab_size=100
+    num_slots=4,
+    max_model_len=32,
+    max_num_batched_tokens=24,
+    num_blocks=20,
+    block_size=4,
+    vocab_size=100,
+    num_valid_token_ids=100,
 )
 
 
@@ -167,3 +173,38 @@ def test_more_tokens_than_a_step_may_have_are_refused() -> None:
     new = [new_request(slot, [1] * 13, [1, 2, 3, 4]) for slot in (0, 1)]
     with pytest.raises(ProtocolError, match="26 tokens are more than 24"):
         read(slots=int32([0, 1]), num_scheduled_tokens=int32([13, 13]), new_requests=new)
+
+
+def test_token_masks_are_rows_of_words() -> None:
+    masks = np.arange(8, dtype="<u4")  # 100 ids take 4 words
+    lens = int32([10])
+    arrays = read(
+        slots=int32([0, 1]), num_scheduled_tokens=lens, masked_slots=int32([1, 0]), token_masks=masks.tobytes()
+    )
+    assert arrays.masked_slots.tolist() == [1, 0]
+    assert arrays.token_masks.dtype == np.uint32
+    assert arrays.token_masks.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert arrays.token_masks.flags.writeable, "torch shares the memory"
+    plain = read(slots=int32([0]))
+    assert (len(plain.masked_slots), plain.token_masks.size) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("masked", "num_words", "message"),
+    [
+        ([0], 3, "token_masks has 12 bytes for 1 masks, not 16"),
+        ([], 4, "token_masks has 16 bytes for 0 masks, not 0"),
+        ([0, 0], 8, "masked_slots: a slot occurs twice"),
+        ([1], 4, "slot 1 has a token mask and samples nothing in this step"),
+        ([3], 4, "slot 3 has a token mask and samples nothing in this step"),
+        ([4], 4, "slot 4 has a token mask and samples nothing in this step"),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused(masked: list[int], num_words: int, message: str) -> None:
+    with pytest.raises(ProtocolError, match=message):
+        read(
+            slots=int32([0, 1]),
+            num_scheduled_tokens=int32([3]),
+            masked_slots=int32(masked),
+            token_masks=bytes(4 * num_words),
+        )
