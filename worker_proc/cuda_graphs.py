@@ -23,6 +23,8 @@ from folovllm.common.log import get_logger
 from folovllm.common.messages.core_worker import ModelRunnerOutput
 from folovllm.common.sampling_params import GREEDY_TEMPERATURE
 from folovllm.worker_proc.attention.triton_paged import TritonPagedBackend
+from folovllm.worker_proc.forward_graphs import ForwardGraphs
+from folovllm.worker_proc.input_batch import InputBatch
 from folovllm.worker_proc.kernels.triton.decode_rows import gather_decode_inputs
 from folovllm.worker_proc.kernels.triton.sampling import SamplingRows, SamplingScratch, sample_decodes
 from folovllm.worker_proc.kv_tensors import KVTensors
@@ -70,8 +72,8 @@ class GraphResult:
         return ModelRunnerOutput(self.step_id, self._tokens.astype("<i4").tobytes(), void.astype("<i4").tobytes())
 
 
-class DecodeGraphs:
-    """Captures and replays decode steps. All collaborators are shared with the runner."""
+class CudaGraphs:
+    """See `step_graphs.StepGraphs`. All collaborators are shared with the runner."""
 
     def __init__(
         self,
@@ -98,6 +100,7 @@ class DecodeGraphs:
         self._events = [torch.cuda.Event(blocking=True) for _ in range(_RING)]
         self._turn = 0
         self._pool = torch.cuda.graph_pool_handle()
+        self._forward = ForwardGraphs(model, backend, kv, states, self._pool)
         self._graphs: dict[tuple[int, int, int, bool], torch.cuda.CUDAGraph] = {}
         self._batch: _Batch | None = None
 
@@ -128,11 +131,9 @@ class DecodeGraphs:
         counts.num_tokens[slots] += 1
         return self._download(step_id, num_rows)
 
-    def capture(self, bucket: int, longest: int, *, all_greedy: bool) -> None:
-        """Captures the graph of a number of rows ahead of its use."""
-        key = (bucket, *self._backend.choose_parts(bucket, longest), all_greedy)
-        if key not in self._graphs:
-            self._capture(key)
+    def forward(self, batch: InputBatch) -> torch.Tensor | None:
+        """See `step_graphs.StepGraphs`."""
+        return self._forward.forward(batch)
 
     def _batch_of(self, arrays: StepArrays) -> _Batch | None:
         """What is known of the step's requests; None if some need more than a graph does."""

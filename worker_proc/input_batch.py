@@ -38,7 +38,7 @@ class BatchIndex:
     Attributes:
         key: of the step it was made for.
         samples: [R] bool, on the host.
-        slots, query_lens: [R]; `query_lens_list` is the same on the host.
+        slots, query_lens: [R]; `host_slots` and `query_lens_list` are the same on the host.
         token_slots: [T] each token's slot.
         token_offsets: [T] each token's place among its request's tokens of this step.
         all_sample: every request samples, and after its only token: nothing has to be selected.
@@ -52,6 +52,7 @@ class BatchIndex:
     key: tuple[bytes, bytes]
     samples: np.ndarray[tuple[int], np.dtype[np.bool_]]
     slots: torch.Tensor
+    host_slots: Ids
     query_lens: torch.Tensor
     query_lens_list: list[int]
     token_slots: torch.Tensor
@@ -164,6 +165,7 @@ class InputBatchBuilder:
             key=step.key,
             samples=samples,
             slots=slots,
+            host_slots=step.slots,
             query_lens=query_lens,
             query_lens_list=lens.tolist(),
             token_slots=token_slots,

@@ -9,7 +9,7 @@ import torch
 from folovllm.common.messages.core_worker import ModelRunnerOutput, SchedulerOutput
 from folovllm.worker_proc.attention.backend import AttentionBackend
 from folovllm.worker_proc.host_to_device import Download, upload
-from folovllm.worker_proc.input_batch import InputBatchBuilder
+from folovllm.worker_proc.input_batch import InputBatch, InputBatchBuilder
 from folovllm.worker_proc.kv_tensors import KVTensors
 from folovllm.worker_proc.models.registry import CausalLM
 from folovllm.worker_proc.output_thread import PendingOutput
@@ -75,8 +75,7 @@ class ModelRunner:
         batch = self._input_batch.build(arrays)
         index = batch.index
         self._states.advance(arrays, index.slots, index.query_lens, index.host_sampling_slots)
-        attention = self._backend.begin_step(self._kv, batch.metadata)
-        hidden = self._model.forward(batch.input_ids, batch.positions, attention)
+        hidden = self._forward(batch)
         if batch.num_sampling == 0:
             return StepResult(step.step_id, None)
         logits = self._model.compute_logits(batch.sampling_rows(hidden))[:, : self._num_valid_token_ids].float()
@@ -84,6 +83,13 @@ class ModelRunner:
         sampled = sample(logits, batch.sampling)
         self._states.record(index.sampling_slots, batch.next_positions, sampled.token_ids)
         return StepResult(step.step_id, sampled)
+
+    def _forward(self, batch: InputBatch) -> torch.Tensor:
+        """[T, hidden_size], from a captured pass or operator by operator."""
+        hidden = self._graphs.forward(batch)
+        if hidden is not None:
+            return hidden
+        return self._model.forward(batch.input_ids, batch.positions, self._backend.begin_step(self._kv, batch.metadata))
 
     def _copy_blocks(self, arrays: StepArrays) -> None:
         if len(arrays.copy_sources):

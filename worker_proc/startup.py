@@ -37,7 +37,7 @@ from folovllm.worker_proc.step_arrays import StepLimits
 from folovllm.worker_proc.step_graphs import NoGraphs, StepGraphs
 from folovllm.worker_proc.weights import checkpoint_dtype, fill_dummy_weights, load_weights
 
-_GRAPHS = 2**30  # left for captured steps: their activations, and what the driver keeps of each
+_GRAPHS = 2**31  # left for captured steps: their activations, and what the driver keeps of each
 _WARM_UP = Rehearsal(num_requests=2, prompt_len=16, num_decodes=2)
 
 logger = get_logger(__name__)
@@ -181,7 +181,7 @@ def choose_backend(name: str, model_config: ModelConfig, placement: Placement) -
 
         logger.info("attention backend: triton_paged, the fastest there is on %s", placement.device.type)
         heads = HeadCounts(model_config.num_attention_heads, model_config.num_key_value_heads, model_config.head_dim)
-        return TritonPagedBackend(heads, placement.device, dependent_launch=placement.dependent_launch)
+        return TritonPagedBackend(heads, placement)
     if name == "auto":
         logger.info("attention backend: paged, the fastest there is on %s", placement.device.type)
     return PagedBackend(model_config.num_attention_heads)
@@ -190,14 +190,14 @@ def choose_backend(name: str, model_config: ModelConfig, placement: Placement) -
 def choose_graphs(
     model: CausalLM, backend: AttentionBackend, kv: KVTensors, states: RequestStates, num_valid_token_ids: int
 ) -> StepGraphs:
-    """Captured decode steps where the attention backend can be captured, which is Triton's on CUDA."""
+    """Captured steps where the attention backend can be captured, which is Triton's on CUDA."""
     if states.device.type != "cuda" or backend.name != "triton_paged":
         return NoGraphs()
     from folovllm.worker_proc.attention.triton_paged import TritonPagedBackend
-    from folovllm.worker_proc.cuda_graphs import DecodeGraphs
+    from folovllm.worker_proc.cuda_graphs import CudaGraphs
 
     assert isinstance(backend, TritonPagedBackend)
-    return DecodeGraphs(model, backend, kv, states, num_valid_token_ids)
+    return CudaGraphs(model, backend, kv, states, num_valid_token_ids)
 
 
 @torch.inference_mode()

@@ -2,6 +2,9 @@
 
 from typing import Protocol
 
+import torch
+
+from folovllm.worker_proc.input_batch import InputBatch
 from folovllm.worker_proc.output_thread import PendingOutput
 from folovllm.worker_proc.step_arrays import StepArrays
 
@@ -16,9 +19,16 @@ class StepGraphs(Protocol):
         """
         ...
 
+    def forward(self, batch: InputBatch) -> torch.Tensor | None:
+        """Hidden states [T, hidden_size] of a step's tokens; None if the runner is to compute them."""
+        ...
+
 
 class NoGraphs:
     """For devices without graphs, and for runners that only measure."""
 
     def replay(self, step_id: int, arrays: StepArrays) -> PendingOutput | None:  # noqa: ARG002 - takes no step
+        return None
+
+    def forward(self, batch: InputBatch) -> torch.Tensor | None:  # noqa: ARG002 - takes no step
         return None

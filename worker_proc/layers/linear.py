@@ -72,7 +72,7 @@ class Linear:
         if self._use_triton:
             from folovllm.worker_proc.kernels.triton import activation
 
-            return activation.silu_and_mul(gate_and_up)
+            return activation.silu_and_mul(gate_and_up, dependent=self._dependent)
         return silu_and_mul(gate_and_up)
 
     def add_to(self, hidden: torch.Tensor, x: torch.Tensor) -> None:

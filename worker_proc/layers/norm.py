@@ -14,13 +14,14 @@ class RMSNorm:
         self.eps = eps
         self._shape = (size,)
         self._use_triton = placement.use_triton
+        self._dependent = placement.dependent_launch
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[T, size] → [T, size]."""
         if self._use_triton:
             from folovllm.worker_proc.kernels.triton.norm import rms_norm
 
-            return rms_norm(x, self.weight, self.eps)
+            return rms_norm(x, self.weight, self.eps, dependent=self._dependent)
         return F.rms_norm(x, self._shape, self.weight, self.eps)
 
 

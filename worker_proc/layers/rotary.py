@@ -50,6 +50,7 @@ class HeadRotation:
     def __init__(self, placement: Placement, norm: HeadNorm | None = None) -> None:
         self._norm = norm
         self._use_triton = placement.use_triton
+        self._dependent = placement.dependent_launch
 
     def __call__(self, heads: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> None:
         """`heads`: [T, query heads + key heads, head_dim]; `rotation`: cosines and sines, see `RotaryTable.rows`."""
@@ -57,7 +58,8 @@ class HeadRotation:
         if self._use_triton:
             from folovllm.worker_proc.kernels.triton.heads import rotate_heads
 
-            rotate_heads(heads, norm.weight if norm else None, *rotation, norm.eps if norm else 0.0)
+            weight, eps = (norm.weight, norm.eps) if norm else (None, 0.0)
+            rotate_heads(heads, weight, *rotation, eps, dependent=self._dependent)
         else:
             rotate_into(heads, norm(heads) if norm else heads, *rotation)
 

@@ -80,6 +80,15 @@ def add_gemv(residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *, d
 
 
 @triton.jit
+def _load(pointers, inside, WHOLE: tl.constexpr):
+    """WHOLE: nothing lies outside; a mask costs instructions even where it is always true."""
+    if WHOLE:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=inside, other=0.0)
+
+
+@triton.jit
 def _normed_gemv(
     x_ptr,
     norm_ptr,
@@ -97,14 +106,15 @@ def _normed_gemv(
     n, k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, PADDED)
     inside = (n < SIZE)[:, None] & (k < COLUMNS)[None, :]
     at = weight_ptr + n[:, None].to(tl.int64) * COLUMNS + k[None, :]
-    weight = tl.load(at, mask=inside, other=0.0)
+    WHOLE: tl.constexpr = (PADDED == COLUMNS) & (SIZE % BLOCK == 0)
+    weight = _load(at, inside, WHOLE)
     up = weight
     if MODE == _GATED:
-        up = tl.load(at + SIZE * COLUMNS, mask=inside, other=0.0)
-    norm = tl.load(norm_ptr + k, mask=k < COLUMNS, other=0.0).to(tl.float32)
+        up = _load(at + SIZE * COLUMNS, inside, WHOLE)
+    norm = _load(norm_ptr + k, k < COLUMNS, WHOLE).to(tl.float32)
     wait(DEPENDENT)
     for row in tl.static_range(ROWS):
-        x = tl.load(x_ptr + row * COLUMNS + k, mask=k < COLUMNS, other=0.0).to(tl.float32)
+        x = _load(x_ptr + row * COLUMNS + k, k < COLUMNS, WHOLE).to(tl.float32)
         normed = x * tl.rsqrt(tl.sum(x * x, 0) / COLUMNS + eps) * norm
         normed = normed.to(weight_ptr.dtype.element_ty).to(tl.float32)[None, :]  # rounded as the norm alone rounds
         product = tl.sum(weight.to(tl.float32) * normed, 1)
@@ -128,24 +138,28 @@ def _add_gemv(
     n, k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, TILE)
     inside = n[:, None] < SIZE
     at = weight_ptr + n[:, None].to(tl.int64) * COLUMNS + k[None, :]
+    WHOLE: tl.constexpr = (COLUMNS % TILE == 0) & (SIZE % BLOCK == 0)
     # Three tiles are on their way before the wait: 3,072 columns, which is most of what small models have.
-    weight_0 = tl.load(at, mask=inside & (k < COLUMNS)[None, :], other=0.0)
-    weight_1 = tl.load(at + TILE, mask=inside & (k + TILE < COLUMNS)[None, :], other=0.0)
-    weight_2 = tl.load(at + 2 * TILE, mask=inside & (k + 2 * TILE < COLUMNS)[None, :], other=0.0)
+    weight_0 = _load(at, inside & (k < COLUMNS)[None, :], WHOLE)
+    weight_1, weight_2 = weight_0, weight_0
+    if COLUMNS > TILE:
+        weight_1 = _load(at + TILE, inside & (k + TILE < COLUMNS)[None, :], WHOLE)
+    if COLUMNS > 2 * TILE:
+        weight_2 = _load(at + 2 * TILE, inside & (k + 2 * TILE < COLUMNS)[None, :], WHOLE)
     wait(DEPENDENT)
     for row in tl.static_range(ROWS):
         x = x_ptr + row * COLUMNS + k
-        part = weight_0.to(tl.float32) * tl.load(x, mask=k < COLUMNS, other=0.0).to(tl.float32)[None, :]
+        part = weight_0.to(tl.float32) * _load(x, k < COLUMNS, WHOLE).to(tl.float32)[None, :]
         if COLUMNS > TILE:
-            x_1 = tl.load(x + TILE, mask=k + TILE < COLUMNS, other=0.0).to(tl.float32)
+            x_1 = _load(x + TILE, k + TILE < COLUMNS, WHOLE).to(tl.float32)
             part += weight_1.to(tl.float32) * x_1[None, :]
         if COLUMNS > 2 * TILE:
-            x_2 = tl.load(x + 2 * TILE, mask=k + 2 * TILE < COLUMNS, other=0.0).to(tl.float32)
+            x_2 = _load(x + 2 * TILE, k + 2 * TILE < COLUMNS, WHOLE).to(tl.float32)
             part += weight_2.to(tl.float32) * x_2[None, :]
         for first in range(3 * TILE, COLUMNS, TILE):
             known = k + first < COLUMNS
-            weight = tl.load(at + first, mask=inside & known[None, :], other=0.0).to(tl.float32)
-            part += weight * tl.load(x + first, mask=known, other=0.0).to(tl.float32)[None, :]
+            weight = _load(at + first, inside & known[None, :], WHOLE).to(tl.float32)
+            part += weight * _load(x + first, known, WHOLE).to(tl.float32)[None, :]
         place = residual_ptr + row * SIZE + n
         result = tl.load(place, mask=n < SIZE, other=0.0).to(tl.float32) + tl.sum(part, 1)
         tl.store(place, result.to(residual_ptr.dtype.element_ty), mask=n < SIZE)

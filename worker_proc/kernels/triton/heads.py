@@ -7,11 +7,19 @@ import torch
 import triton
 import triton.language as tl
 
+from folovllm.worker_proc.kernels.triton.pdl import launch_options, wait
+
 _HEADS = 8  # of a program: 8 heads of 128 are 2 KiB, enough to keep four warps busy
 
 
 def rotate_heads(
-    heads: torch.Tensor, weight: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, eps: float = 0.0
+    heads: torch.Tensor,
+    weight: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float = 0.0,
+    *,
+    dependent: bool = False,
 ) -> None:
     """Norms each head with its row of `weight`, then rotates it, in place.
 
@@ -20,13 +28,15 @@ def rotate_heads(
         weight: [H, head_dim]; None leaves the norm out.
         cos, sin: [T, 1, head_dim], contiguous, as in `RotaryTable.rows`: the first half of `sin` is negated.
         eps: of the norm.
+        dependent: launched as a dependent of the kernel before, see `pdl`.
     """
     num_tokens, num_heads, head_dim = heads.shape
     grid = (num_tokens, triton.cdiv(num_heads, _HEADS))
     with_norm = weight is not None
     pointers = (heads, weight if weight is not None else heads, cos, sin)
+    sizes = (num_heads, head_dim, triton.next_power_of_2(head_dim), _HEADS)
     _rotate_heads[grid](
-        *pointers, eps, heads.stride(0), num_heads, head_dim, triton.next_power_of_2(head_dim), _HEADS, with_norm
+        *pointers, eps, heads.stride(0), *sizes, with_norm, dependent, num_warps=4, **launch_options(dependent)
     )
 
 
@@ -43,7 +53,9 @@ def _rotate_heads(
     PADDED: tl.constexpr,
     HEADS: tl.constexpr,
     WITH_NORM: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    wait(DEPENDENT)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     column = tl.arange(0, PADDED)

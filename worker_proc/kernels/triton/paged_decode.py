@@ -22,7 +22,7 @@ from folovllm.worker_proc.kernels.triton.pdl import launch_options, wait
 
 _SMALLEST_DOT = 16  # rows of the smallest product on tensor cores
 _LOG2_E = math.log2(math.e)
-_TILE = 64  # keys of one turn of the loop
+_TILE = 128  # keys of one turn of the loop
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class DecodeRequests:
         rows: int64 [R]; each request's row of `block_table`; None if they are in order.
         seq_lens: int64 [R]; tokens with the new one; 0 for a row of padding, which reads and writes nothing.
         num_parts: most parts that a request is split into.
-        min_part: fewest keys of a part, a multiple of 64.
+        min_part: fewest keys of a part, a multiple of 128.
     """
 
     block_table: torch.Tensor
@@ -107,10 +107,10 @@ def paged_decode(
         HEAD_DIM=head_dim,
         PADDED=triton.next_power_of_2(head_dim),
         BLOCK_SIZE=block_size,
-        TILE=_TILE,
+        TILE=_TILE if head_dim <= 128 and query.dtype.itemsize == 2 else _TILE // 4,
         DEPENDENT=dependent,
-        num_warps=2 if head_dim <= 128 else 4,
-        num_stages=3,
+        num_warps=4,
+        num_stages=2,
         **launch_options(dependent),
     )
 

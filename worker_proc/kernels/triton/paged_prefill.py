@@ -17,29 +17,38 @@ import triton
 import triton.language as tl
 
 _LOG2_E = math.log2(math.e)
-_ROWS = 128  # query rows of a tile: tokens times heads of a group
-_FIELDS = 4  # numbers that describe a tile
+_MANY_TOKENS = 8192
+FIELDS = 4  # numbers that describe a tile
+
+
+def rows_per_tile(head_dim: int, dtype: torch.dtype, num_tokens: int) -> int:
+    """Query rows of a tile: tokens times heads of a group, padded to a power of two.
+
+    As much as registers hold, but small enough for `num_tokens` to give every multiprocessor some tiles.
+    """
+    if dtype == torch.float32 or head_dim > 128:
+        return 64
+    return 256 if num_tokens >= _MANY_TOKENS else 128
 
 
 def plan_tiles(
-    query_lens: list[int], seq_lens: list[int], first_request: int, first_token: int, group: int
+    query_lens: list[int], seq_lens: list[int], table_rows: npt.NDArray[np.int64], first_token: int, tokens: int
 ) -> npt.NDArray[np.int32]:
     """The tiles of a step's chunks, int32 [n, 4]: row of the block table, first token, its position, tokens.
 
     Args:
         query_lens, seq_lens: of the requests that compute chunks; as in `AttentionMetadata`.
-        first_request: the first one's row of the block table; the others follow.
+        table_rows: each one's row of the block table.
         first_token: the first one's first token in the step; the others follow.
-        group: query heads that share a KV head.
+        tokens: most tokens of a tile.
 
     Those with the longest context come first, so that no long one is left running alone at the end.
     """
-    tokens = _ROWS // triton.next_power_of_2(group)
     tiles = []
-    for request, (query_len, seq_len) in enumerate(zip(query_lens, seq_lens, strict=True)):
+    for row, query_len, seq_len in zip(table_rows.tolist(), query_lens, seq_lens, strict=True):
         starts = np.arange(0, query_len, tokens)
-        tile = np.empty((len(starts), _FIELDS), np.int32)
-        tile[:, 0] = first_request + request
+        tile = np.empty((len(starts), FIELDS), np.int32)
+        tile[:, 0] = row
         tile[:, 1] = first_token + starts
         tile[:, 2] = seq_len - query_len + starts
         tile[:, 3] = np.minimum(query_len - starts, tokens)
@@ -50,7 +59,12 @@ def plan_tiles(
 
 
 def paged_prefill(
-    query: torch.Tensor, kv_layer: torch.Tensor, block_table: torch.Tensor, tiles: torch.Tensor, out: torch.Tensor
+    query: torch.Tensor,
+    kv_layer: torch.Tensor,
+    block_table: torch.Tensor,
+    tiles: torch.Tensor,
+    rows: int,
+    out: torch.Tensor,
 ) -> None:
     """Writes the attention of every token of `tiles` to `out`.
 
@@ -59,6 +73,7 @@ def paged_prefill(
         kv_layer: [2, Hkv, blocks, block_size, head_dim], contiguous; the chunks' own K and V are in it.
         block_table: int64 [R, blocks], row-major.
         tiles: int32 [n, 4], see `plan_tiles`; a tile of 0 tokens is passed over.
+        rows: of a tile, see `rows_per_tile`.
         out: [T, Hq · head_dim], contiguous.
     """
     _, num_q_heads, head_dim = query.shape
@@ -80,12 +95,12 @@ def paged_prefill(
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,
         GROUP_ROWS=triton.next_power_of_2(group),
-        ROWS=_ROWS,
+        ROWS=rows,
         HEAD_DIM=head_dim,
         PADDED=padded,
         BLOCK_SIZE=block_size,
         TILE=32 if wide or padded > 128 else 64,
-        num_warps=8 if padded > 64 else 4,
+        num_warps=8 if padded > 64 and not wide else 4,
         num_stages=2 if wide or padded > 128 else 3,
     )
 

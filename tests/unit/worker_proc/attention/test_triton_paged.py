@@ -39,7 +39,7 @@ def compare(
     caches[1].data.copy_(caches[0].data)
     backends: tuple[AttentionBackend, ...] = (
         TorchNaiveBackend(),
-        TritonPagedBackend(HeadCounts(*heads), device, dependent_launch=False),
+        TritonPagedBackend(HeadCounts(*heads), Placement(device, dtype)),
     )
     outputs = []
     for cache, backend in zip(caches, backends, strict=True):
