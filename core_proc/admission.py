@@ -12,6 +12,7 @@ import numpy as np
 from folovllm.common.messages.frontend_core import EngineCoreRequest, RejectedRequest
 from folovllm.common.sampling_params import MAX_N
 from folovllm.core_proc.admission_checks import Refused, RequestChecks, as_token_ids, check_range
+from folovllm.core_proc.grammar_threads import Grammars
 from folovllm.core_proc.request import Request
 
 _MAX_NUMBER = 2**31
@@ -53,8 +54,14 @@ class Admission:
         max_num_queued_reqs: int,
         max_num_queued_tokens: int | None,
         logits_processors: Sequence[str] = (),
+        grammars: Grammars | None = None,
     ) -> None:
-        """`num_pool_tokens`: tokens whose K and V the whole pool holds; `logits_processors`: names that are loaded."""
+        """Bounds as named.
+
+        `num_pool_tokens`: tokens whose K and V the whole pool holds; `logits_processors`: names that are loaded;
+        `grammars`: None if the model has no tokenizer.
+        """
+        self.grammars = grammars
         self._max_model_len = max_model_len
         self._num_pool_tokens = num_pool_tokens
         self._max_num_seqs = max_num_seqs
@@ -104,6 +111,8 @@ class Admission:
             self._check_numbers(message, live_numbers)
             self._check_prompt_length(as_token_ids("prompt_token_ids", message.prompt_token_ids).size)
             self._checks.check(message)
+            if message.grammar is not None and self.grammars is None:
+                raise Refused("grammar", "the model has no tokenizer.json, so nothing can hold its text to a grammar")
         except Refused as refused:
             return RejectedRequest(message.number, "invalid", str(refused), field=refused.field)
         full = self._queue_full(message, num_running, num_waiting, num_waiting_tokens)

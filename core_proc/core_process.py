@@ -32,6 +32,8 @@ from folovllm.core_proc.block_pool import BlockPool
 from folovllm.core_proc.engine_core import EngineCore
 from folovllm.core_proc.executor import Executor, WorkerFailedError
 from folovllm.core_proc.frontends import MAX_KEPT_FRAMES, Frontends
+from folovllm.core_proc.grammar import Vocabulary
+from folovllm.core_proc.grammar_threads import Grammars
 from folovllm.core_proc.kv_cache_manager import KVCacheManager
 from folovllm.core_proc.observer import Observer
 from folovllm.core_proc.parent_link import ParentLink
@@ -74,6 +76,7 @@ class CoreProcess:
         self._authenticator: Authenticator | None = None
         self._executor: Executor | None = None
         self._frontends: Frontends | None = None
+        self._grammars: Grammars | None = None
         self._sink: FileSink | None = None
 
     def run(self) -> int:
@@ -108,11 +111,18 @@ class CoreProcess:
             endpoint = self._listen(configure.listen or f"ipc://{configure.runtime_dir}/frontends")
         with self._phase("start the worker", origin):
             self._executor = Executor(self._context, configure.runtime_dir, self._worker_module)
+        self._start_grammars(pathlib.Path(config.model), num_valid_token_ids)
         ready = self._executor.start(self._waiter, ConfigureWorker(config, 0, max_model_len, configure.started_at))
         with self._phase("build the scheduler", origin):
             engine = self._build(config, ready, max_model_len, num_valid_token_ids)
         self._parent.send(CoreReady(endpoint, [*self._phases, *ready.phases], ready.memory))
         return engine
+
+    def _start_grammars(self, folder: pathlib.Path, num_valid_token_ids: int) -> None:
+        """Reads the vocabulary while the worker starts: later it would stop the loop for up to a second."""
+        if (folder / "tokenizer.json").is_file():
+            self._grammars = Grammars(lambda: Vocabulary.from_folder(folder, num_valid_token_ids))
+            self._waiter.add(self._grammars.fd)
 
     @contextmanager
     def _phase(self, phase: str, origin: float) -> Iterator[None]:
@@ -157,6 +167,7 @@ class CoreProcess:
             max_num_queued_reqs=config.max_num_queued_reqs,
             max_num_queued_tokens=config.max_num_queued_tokens,
             logits_processors=config.logits_processors,
+            grammars=self._grammars,
         )
         observer = Observer(
             scheduler=scheduler,
@@ -231,6 +242,8 @@ class CoreProcess:
             self._executor.close(_WORKER_GRACE_S)
         if self._sink is not None:
             self._sink.close()
+        if self._grammars is not None:
+            self._grammars.close()
         if self._authenticator is not None:
             self._authenticator.close()
         self._context.destroy(_LINGER_MS)

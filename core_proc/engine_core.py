@@ -4,6 +4,7 @@
 """
 
 import time
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -55,6 +56,7 @@ class EngineCore:
         self._parent = parent
         self._frontends = frontends
         self._admission = admission
+        self._grammars = admission.grammars
         self._scheduler = scheduler
         self._executor = executor
         self._observer = observer
@@ -77,6 +79,7 @@ class EngineCore:
         outcomes = self._collect(now_s) if self._executor.socket in sources else []
         self._abort_orphans(now_s)
         outcomes += self._end_overdue(now_s)
+        outcomes += self._follow_grammars(now_s)
         self._submit(now_s)  # before the outputs are sent: the worker is not kept waiting
         for outcome in outcomes:
             self._frontends.send_outcome(outcome)
@@ -115,7 +118,7 @@ class EngineCore:
                 message,
                 frontend.requests,
                 num_running=scheduler.num_running,
-                num_waiting=scheduler.num_waiting,
+                num_waiting=scheduler.num_waiting + self._num_compiling,
                 num_waiting_tokens=scheduler.num_waiting_tokens,
             )
             if refusal is not None:
@@ -131,12 +134,50 @@ class EngineCore:
 
     def _admit(self, frontend: Frontend, message: EngineCoreRequest, now_s: float) -> None:
         requests = self._admission.admit(message, frontend.client, now_s)
-        for request in requests:
-            frontend.requests[request.number] = request
-            self._scheduler.add_request(request)
-            self._recorder.added(request, now_s)
+        frontend.requests |= {request.number: request for request in requests}
         if message.timeout_s is not None:
             self._deadlines.add(requests, now_s + message.timeout_s)
+        if message.grammar is None:
+            self._enqueue(requests, now_s)
+        else:
+            assert self._grammars is not None, "refused at the door"
+            self._grammars.compile(message.grammar, requests)
+
+    def _enqueue(self, requests: Sequence[Request], now_s: float) -> None:
+        for request in requests:
+            self._scheduler.add_request(request)
+            self._recorder.added(request, now_s)
+
+    @property
+    def _num_compiling(self) -> int:
+        return 0 if self._grammars is None else self._grammars.num_compiling
+
+    def _follow_grammars(self, now_s: float) -> list[StepOutcome]:
+        """Requests whose grammar is compiled enter the queue or are refused; answers whose grammar ends, end."""
+        if self._grammars is None:
+            return []
+        for requests, error in self._grammars.take_compiled():
+            live = [request for request in requests if not request.is_finished]
+            if live and error:
+                self._reject(live, error, now_s)
+            else:
+                self._enqueue(live, now_s)
+        ended: list[Request] = []
+        for answer in self._grammars.settle():
+            is_complete, error = answer.end
+            status = RequestStatus.FINISHED_STOPPED if is_complete else RequestStatus.FINISHED_ERROR
+            ended += self._finish([answer.request], status, now_s, error)
+        if not ended:
+            return []
+        self._admission.pace.note(len(ended), now_s)
+        return [only_ends(ended)]
+
+    def _reject(self, requests: list[Request], cause: str, now_s: float) -> None:
+        first = requests[0]
+        self._scheduler.finish_requests(requests, RequestStatus.FINISHED_ERROR, now_s, cause)
+        number = first.number - first.sample_index
+        refusal = RejectedRequest(number, "invalid", f"the grammar cannot be enforced: {cause}", field="grammar")
+        self._frontends.reject(first.client, [request.number for request in requests], refusal)
 
     def _abort(self, frontend: Frontend, numbers: bytes, now_s: float) -> None:
         requests = [
@@ -159,9 +200,9 @@ class EngineCore:
             return []
         return [only_ends(self._finish(overdue, RequestStatus.FINISHED_TIMED_OUT, now_s))]
 
-    def _finish(self, requests: list[Request], status: RequestStatus, now_s: float) -> list[Request]:
-        ended = self._scheduler.finish_requests(requests, status, now_s)
-        self._recorder.stopped(ended, now_s)
+    def _finish(self, requests: list[Request], status: RequestStatus, now_s: float, error: str = "") -> list[Request]:
+        ended = self._scheduler.finish_requests(requests, status, now_s, error)
+        self._recorder.stopped([request for request in ended if request.arrival_order >= 0], now_s)
         return ended
 
     def _collect(self, now_s: float) -> list[StepOutcome]:

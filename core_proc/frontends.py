@@ -7,7 +7,7 @@ What a frontend that is stopped does not read is kept for it, up to a bound: the
 and the first thing it learns after what was kept is that it was.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 import numpy as np
@@ -25,6 +25,7 @@ from folovllm.common.messages.frontend_core import (
     FrontendToCore,
     GetStats,
     Ping,
+    RejectedRequest,
     ResetPrefixCache,
     Welcome,
 )
@@ -115,6 +116,14 @@ class Frontends:
                 self._send_outputs(client, numbers, token_ids, finished)
         for client in list(finished):
             self._send_outputs(client, b"", b"", finished)
+
+    def reject(self, client: int, numbers: Iterable[int], refusal: RejectedRequest) -> None:
+        """Refuses a request that counted as taken; `numbers` are its answers'."""
+        frontend = self._by_client.get(client)
+        if frontend is not None:
+            for number in numbers:
+                frontend.requests.pop(number, None)
+            self.send(frontend, EngineCoreOutputs(rejected=[refusal]))
 
     def ping(self, now_s: float) -> None:
         """Once a second: finds frontends that are gone."""

@@ -22,7 +22,7 @@ A step that computes the last known token samples: `known` grows by a placeholde
 import collections
 import dataclasses
 import enum
-from typing import Final
+from typing import Final, Protocol
 
 import msgspec
 import numpy as np
@@ -61,10 +61,23 @@ _ENDS_FROM_OUTSIDE: Final = frozenset(
 _TRANSITIONS: Final[dict[RequestStatus, frozenset[RequestStatus]]] = {
     RequestStatus.WAITING: _ENDS_FROM_OUTSIDE | {RequestStatus.RUNNING},
     RequestStatus.RUNNING: frozenset(_FINISH_REASONS) | {RequestStatus.PREEMPTED},
-    RequestStatus.PREEMPTED: _ENDS_FROM_OUTSIDE | {RequestStatus.RUNNING},
+    RequestStatus.PREEMPTED: _ENDS_FROM_OUTSIDE | {RequestStatus.RUNNING, RequestStatus.FINISHED_STOPPED},
 }
 
 Tokens = npt.NDArray[np.int32]
+
+
+class RequestGrammar(Protocol):
+    """What the text of an answer is held to, as the scheduler sees it.
+
+    Attributes:
+        mask: the tokens allowed next, as in SchedulerOutput.token_masks; None while it is not known, and at the end.
+    """
+
+    mask: bytes | None
+
+    def advance(self, token_id: int) -> None:
+        """A token is confirmed: `mask` is None until the next one is known."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -88,6 +101,7 @@ class Request:
         status: its state; changed by `become`.
         slot: its row of the SlotTable while RUNNING, else None.
         arrival_order: counts up over all requests of the scheduler; breaks ties, so that order is total.
+        grammar: what its text is held to; set before the scheduler gets it, moved on by confirmed tokens only.
         output_token_ids: output tokens; up to date only while it is not RUNNING.
         waiting_children: answers that wait for this one's prompt to be in the cache.
         can_be_forked: its prompt is in the cache, confirmed: a child may share its blocks.
@@ -117,6 +131,7 @@ class Request:
     status: RequestStatus = dataclasses.field(default=RequestStatus.WAITING, init=False)
     slot: int | None = dataclasses.field(default=None, init=False)
     arrival_order: int = dataclasses.field(default=-1, init=False)
+    grammar: RequestGrammar | None = dataclasses.field(default=None, init=False, repr=False)
     output_token_ids: Tokens = dataclasses.field(default_factory=lambda: np.empty(0, np.int32), init=False)
     waiting_children: "list[Request]" = dataclasses.field(default_factory=list, init=False, repr=False)
     can_be_forked: bool = dataclasses.field(default=False, init=False)
@@ -162,6 +177,11 @@ class Request:
     def num_queue_tokens(self) -> int:
         """What it weighs in the bound on waiting tokens: its prompt; a child shares its parent's and adds one token."""
         return self.prompt_token_ids.size if self.parent is None else 1
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether it may sample: it has no grammar, or knows which tokens come next."""
+        return self.grammar is None or self.grammar.mask is not None
 
     @property
     def is_finished(self) -> bool:

@@ -211,8 +211,10 @@ class Scheduler:
            in the queue's order, which are admitted while there are slots, and blocks for all their known tokens with a
            reserve (the watermark) for those who run already.
 
-        A request that reaches its limit with the tokens on their way is left alone until they arrive.
+        A request that reaches its limit with the tokens on their way is left alone until they arrive, and one with a
+        grammar until its last token has arrived and the mask for the next one is filled.
         """
+        self._table.take_masks()
         step = StepBuilder(self._max_num_batched_tokens)
         self._make_room(step)
         decodes, chunked = self._table.ready()
@@ -340,7 +342,7 @@ class Scheduler:
                 self._add_chunk(step, request, num_left)
         level = self._queue.rank(prompts[0])[0]
         for request in self._queue.first(_MOST_OVERTAKING):
-            if self._queue.rank(request)[0] > level or not self._can_admit(step):
+            if self._queue.rank(request)[0] > level or not self._can_admit(step) or not request.has_mask:
                 return
             prefix = self._find_prefix(request)
             if not self._fits(request, prefix):
@@ -365,7 +367,7 @@ class Scheduler:
         step.add_chunk(request.slot, num_tokens, int(self._table.num_computed[request.slot]))
 
     def _admit_waiting(self, step: StepBuilder, now_s: float) -> None:
-        while self._can_admit(step) and (request := self._queue.peek()) is not None:
+        while self._can_admit(step) and (request := self._queue.peek()) is not None and request.has_mask:
             prefix = self._find_prefix(request)
             if not self._fits(request, prefix):
                 return
@@ -516,6 +518,7 @@ class Scheduler:
             else:
                 self._end(request, RequestStatus.FINISHED_LENGTH_CAPPED, now_s, "limit reached")
             outcome.finished.append(request)
+        table.advance_grammars(slots[~ends], token_ids[~ends])
         return outcome
 
     def _streamed(self, slots: Slots, token_ids: Tokens, logprobs: RoutedLogprobs | None) -> StepOutcome:
@@ -532,7 +535,7 @@ class Scheduler:
             self._release_children(request)
 
     def _end(self, request: Request, status: RequestStatus, now_s: float, why: str) -> None:
-        was_running = request.status is RequestStatus.RUNNING
+        was_running, was_added = request.status is RequestStatus.RUNNING, request.arrival_order >= 0
         request.become(status, f"before step {self.counters.num_steps}, {why}")
         request.finished_at_s = now_s
         if was_running:
@@ -540,7 +543,7 @@ class Scheduler:
         elif request in self._queue:
             self._queue.remove(request)
             self._release_children(request)
-        else:
+        elif was_added:  # else its grammar is being compiled
             assert request.parent is not None, request.describe()
             request.parent.waiting_children.remove(request)
             self._num_parked -= 1

@@ -45,6 +45,8 @@ class SlotTable:
         self.num_named = np.zeros(num_slots, np.int64)  # blocks that can be found by their contents
         self.min_tokens = np.zeros(num_slots, np.int64)
         self.stream = np.zeros(num_slots, np.bool_)
+        self.has_grammar = np.zeros(num_slots, np.bool_)
+        self.has_mask = np.ones(num_slots, np.bool_)
         self.client = np.zeros(num_slots, np.int32)
         self.number = np.zeros(num_slots, np.int32)
         self._stop_ids = np.full((num_slots, STOP_COLUMNS), _NO_TOKEN, np.int32)
@@ -79,6 +81,8 @@ class SlotTable:
         self.limit[slot] = limit
         self.min_tokens[slot] = request.sampling.min_tokens
         self.stream[slot] = request.stream
+        self.has_grammar[slot] = request.grammar is not None
+        self.has_mask[slot] = request.has_mask
         self.client[slot] = request.client
         self.number[slot] = request.number
         self._set_stop_ids(slot, request)
@@ -95,6 +99,8 @@ class SlotTable:
         request.slot = None
         self.requests[slot] = None
         self.used[slot] = False
+        self.has_grammar[slot] = False
+        self.has_mask[slot] = True
         self.epoch[slot] += 1
         self._long_stop_sets.pop(slot, None)
         self.num_used -= 1
@@ -118,6 +124,26 @@ class SlotTable:
         """The slots have got `num_blocks` more blocks each."""
         self.capacity[slots] += num_blocks * self.block_size
         self._widen(int((self.capacity[slots] - self.num_prompt[slots]).max()) + 1)
+
+    def advance_grammars(self, slots: Slots, token_ids: Tokens) -> None:
+        """Confirmed tokens move the grammars of their slots on; slots without one are passed over."""
+        rows = np.flatnonzero(self.has_grammar[slots])
+        for slot, token_id in zip(slots[rows].tolist(), token_ids[rows].tolist(), strict=True):
+            request = self.request(slot)
+            assert request.grammar is not None, request.describe()
+            request.grammar.advance(token_id)
+            self.has_mask[slot] = request.has_mask
+
+    def take_masks(self) -> None:
+        """Looks which of the missing masks have come."""
+        for slot in np.flatnonzero(~self.has_mask[: self.end]).tolist():
+            self.has_mask[slot] = self.request(slot).has_mask
+
+    def masks(self, slots: Slots) -> tuple[Slots, bytes]:
+        """Of slots that sample: those with a grammar, and their masks, one after another."""
+        masked = slots[self.has_grammar[slots]]
+        grammars = [self.request(slot).grammar for slot in masked.tolist()]
+        return masked, b"".join(grammar.mask or b"" for grammar in grammars if grammar is not None)
 
     def without_room(self) -> Slots:
         """Slots that may go on but whose blocks are full."""
@@ -174,7 +200,13 @@ class SlotTable:
         return stops
 
     def _may_go_on(self) -> Mask:
-        may_go_on: Mask = self.used[: self.end] & (self.num_known[: self.end] < self.limit[: self.end])
+        """A slot with a grammar waits until its last token is confirmed and the mask for the next one is filled."""
+        end = self.end
+        may_go_on: Mask = self.used[:end] & (self.num_known[:end] < self.limit[:end])
+        if self.has_grammar[:end].any():
+            may_go_on &= self.has_mask[:end] & (
+                ~self.has_grammar[:end] | (self.num_known[:end] == self.num_confirmed[:end])
+            )
         return may_go_on
 
     def _set_stop_ids(self, slot: int, request: Request) -> None:

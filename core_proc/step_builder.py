@@ -101,6 +101,7 @@ class StepBuilder:
             counts = np.concatenate([np.ones(len(ones), np.int64), num_tokens])
             samples = np.concatenate([samples, table.advance(others, counts)])
             slots = np.concatenate([slots, others])
+        masked_slots, token_masks = table.masks(slots[samples])
         output = SchedulerOutput(
             step_id=step_id,
             slots=_bytes(slots),
@@ -109,6 +110,8 @@ class StepBuilder:
             append_slots=_bytes(self._append_slots),
             append_block_ids=_bytes(self._append_block_ids),
             block_copies=_bytes(self._block_copies),
+            masked_slots=_bytes(masked_slots),
+            token_masks=token_masks,
         )
         epochs, num_computed = table.epoch[slots], table.num_computed[slots]
         return output, StepInFlight(step_id, slots, epochs, samples, num_computed, self.load, now_s)

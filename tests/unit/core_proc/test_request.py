@@ -18,6 +18,7 @@ LEGAL = {
     ("RUNNING", "FINISHED_TIMED_OUT"),
     ("RUNNING", "FINISHED_ERROR"),
     ("PREEMPTED", "RUNNING"),
+    ("PREEMPTED", "FINISHED_STOPPED"),  # its grammar turns out to be complete
     ("PREEMPTED", "FINISHED_ABORTED"),
     ("PREEMPTED", "FINISHED_TIMED_OUT"),
     ("PREEMPTED", "FINISHED_ERROR"),
