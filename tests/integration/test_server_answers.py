@@ -1,6 +1,8 @@
-"""What the server answers, through all processes and over a real socket: limits, the cache, a client."""
+"""What the server answers, through all processes and over a real socket: limits, schemas, the cache."""
 
+import json
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import openai
@@ -37,6 +39,31 @@ def test_L17_prompts_at_the_models_length(http: httpx.Client, num_tokens: int, s
     else:
         assert str(num_tokens) in answer.json()["error"]["message"]
         assert str(MAX_MODEL_LEN) in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [{"type": "not-a-type"}, {"type": "object", "properties": {"foo": "bar"}}, {"type": "string", "pattern": "^(a"}],
+)
+def test_L28_a_bad_schema_is_refused(http: httpx.Client, schema: dict[str, Any]) -> None:
+    wrapped = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    for body in ({"response_format": wrapped}, {"structured_outputs": {"json": schema}}):
+        for stream in (False, True):
+            answer = http.post(CHAT, json={"messages": HELLO, "max_tokens": 5, "stream": stream, **body})
+            assert answer.status_code == 400, answer.text
+            assert answer.json()["error"]["message"]
+    assert http.get("/health").status_code == 200
+
+
+def test_structured_outputs_keep_to_what_was_asked(http: httpx.Client) -> None:
+    body = {"messages": HELLO, "structured_outputs": {"choice": ["yes", "no"]}, "n": 3, "temperature": 2.0}
+    texts = [choice["message"]["content"] for choice in http.post(CHAT, json=body).json()["choices"]]
+    assert set(texts) <= {"yes", "no"}
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    wrapped = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    answer = http.post(CHAT, json={"messages": HELLO, "response_format": wrapped, "max_tokens": 100}).json()
+    if answer["choices"][0]["finish_reason"] == "stop":  # a model of random weights may write blanks up to the limit
+        assert json.loads(answer["choices"][0]["message"]["content"])["a"] in (1, 2)
 
 
 def test_a_time_limit_ends_an_answer(http: httpx.Client) -> None:
