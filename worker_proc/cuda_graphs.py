@@ -110,7 +110,7 @@ class CudaGraphs:
         num_rows = len(slots)
         if arrays.new_rows:
             self._batch = None  # a slot of the same number may be somebody else's now
-        if arrays.num_decodes < num_rows:
+        if arrays.num_decodes < num_rows or len(arrays.masked_slots):
             return None
         batch = self._batch_of(arrays)
         seq_lens = counts.num_computed[slots] + 1

@@ -27,6 +27,7 @@ from folovllm.worker_proc.request_states import (
 )
 from folovllm.worker_proc.sample.constraints import Constraint, MinTokens
 from folovllm.worker_proc.sample.sampler import SamplingTensors, split_rows
+from folovllm.worker_proc.sample.token_mask import TokenMask
 from folovllm.worker_proc.step_arrays import StepArrays
 from folovllm.worker_proc.wire_fields import Ids
 
@@ -121,7 +122,7 @@ class InputBatchBuilder:
             positions,
             metadata,
             dataclasses.replace(index.sampling, position=next_positions - index.num_prompt),
-            self._constraints(index, seq_lens),
+            [*self._constraints(index, seq_lens), *self._token_masks(step, index)],
             next_positions,
         )
 
@@ -203,6 +204,13 @@ class InputBatchBuilder:
 
     def _rows(self, rows: list[int]) -> torch.Tensor | None:
         return upload(np.array(rows, np.int64), self._states.device) if rows else None
+
+    def _token_masks(self, step: StepArrays, index: BatchIndex) -> list[Constraint]:
+        if not len(step.masked_slots):
+            return []
+        order = np.argsort(index.host_sampling_slots)
+        rows = order[np.searchsorted(index.host_sampling_slots, step.masked_slots, sorter=order)]
+        return [TokenMask(rows, step.token_masks, self._states.device)]
 
     def _constraints(self, index: BatchIndex, seq_lens: Ids) -> list[Constraint]:
         """Forbids the stop set where the answer is shorter than min_tokens; made anew only for other rows."""
