@@ -5,13 +5,20 @@ from typing import TypeVar
 
 from folovllm.common.errors import ConfigError
 from folovllm.frontend.server.parsers.base import ReasoningFormat, ToolFormat
+from folovllm.frontend.server.parsers.hermes import HERMES
+from folovllm.frontend.server.parsers.llama3_json import LLAMA3_JSON
+from folovllm.frontend.server.parsers.think import THINK
 
-TOOL_FORMATS: Mapping[str, ToolFormat] = {}
-REASONING_FORMATS: Mapping[str, ReasoningFormat] = {}
+TOOL_FORMATS: Mapping[str, ToolFormat] = {"hermes": HERMES, "llama3_json": LLAMA3_JSON}
+REASONING_FORMATS: Mapping[str, ReasoningFormat] = {"think": THINK}
 
 # What stands in the chat template of models that write a format: (text, name of the format), first match counts.
-TOOL_MARKS: tuple[tuple[str, str], ...] = ()
-REASONING_MARKS: tuple[tuple[str, str], ...] = ()
+TOOL_MARKS: tuple[tuple[str, str], ...] = (
+    ("<function=", "none"),  # Qwen3-Coder: the same tags around XML, which is no format of ours
+    ("<tool_call>", "hermes"),
+    ("dictionary of argument name and its value", "llama3_json"),
+)
+REASONING_MARKS: tuple[tuple[str, str], ...] = (("</think>", "think"),)
 
 Format = TypeVar("Format", ToolFormat, ReasoningFormat)
 
