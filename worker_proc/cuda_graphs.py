@@ -6,6 +6,9 @@ host says nothing to the device but "again". What the host decides is the graph:
 to a bucket (rows of padding have slot -1: they read and write nothing), by the parts that long contexts are split into,
 and by whether anything is drawn at random.
 
+A step whose requests ask for more than a temperature (filters, penalties, masks, log probabilities) is not taken: its
+forward pass is captured all the same (`forward_graphs`), and the runner samples by torch's operators.
+
 Graphs are captured when they are first needed. Capturing runs the step once with nothing but padding (which compiles
 kernels and lets cuBLAS choose), then records it: some 0.1 s. All graphs share one memory pool, since they run one after
 another.
@@ -81,19 +84,18 @@ class CudaGraphs:
         backend: TritonPagedBackend,
         kv: KVTensors,
         states: RequestStates,
-        num_valid_token_ids: int,
     ) -> None:
         self._model = model
         self._backend = backend
         self._kv = kv
         self._states = states
-        self._num_columns = num_valid_token_ids
+        self._num_columns = states.limits.num_valid_token_ids
         most, device = states.limits.num_slots, states.device
         self._buckets = decode_buckets(most)
         self._slots = torch.full((most,), _PADDING, dtype=torch.int64, device=device)
         self._inputs = [torch.zeros(most, dtype=torch.int64, device=device) for _ in range(3)]
         self._tokens = torch.zeros(most, dtype=torch.int32, device=device)
-        self._scratch = SamplingScratch(most, num_valid_token_ids, device)
+        self._scratch = SamplingScratch(most, self._num_columns, device)
         self._rows = SamplingRows(states.floats, states.integers, states.token_ids)
         self._uploads = [torch.empty(most, dtype=torch.int64, pin_memory=True) for _ in range(_RING)]
         self._downloads = [torch.empty(most, dtype=torch.int32, pin_memory=True) for _ in range(_RING)]
@@ -144,7 +146,7 @@ class CudaGraphs:
         floats, integers = states.host_floats[slots], states.host_integers[slots]
         greedy = (floats[:, TEMPERATURE] < GREEDY_TEMPERATURE) | (integers[:, TOP_K] == 1)
         filtered = (integers[:, TOP_K] > 0) | (floats[:, TOP_P] < 1.0) | (floats[:, MIN_P] > 0.0)
-        if (filtered & ~greedy).any():
+        if (filtered & ~greedy).any() or not states.is_plain[slots].all():
             return None
         min_tokens = integers[:, MIN_TOKENS]
         plain_from = integers[:, NUM_PROMPT] + min_tokens if min_tokens.any() else None

@@ -1,4 +1,4 @@
-"""Captured forward passes for steps with chunks: prompts alone, or prompts beside decoding requests.
+"""Captured forward passes: prompts, prompts beside decoding requests, and decodes that the runner samples for.
 
 An eager step launches some 300 kernels from Python; on the measured machine that takes 12 ms, four times as long as
 1,024 tokens take on an H100. A captured one is a single launch. Its shape is fixed, so tokens are laid out with room to
@@ -12,7 +12,7 @@ device takes longer than the launches.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -27,11 +27,12 @@ from folovllm.worker_proc.kv_tensors import KVTensors
 from folovllm.worker_proc.models.registry import CausalLM
 from folovllm.worker_proc.request_states import RequestStates
 
-_CHUNK_BUCKETS = (64, 128, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096)
+_CHUNK_BUCKETS = (0, 64, 128, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096)
 _PROMPT_BUCKETS = (*_CHUNK_BUCKETS, *range(5120, 16385, 1024))
 _DECODE_BUCKETS = (0, 8, 32, 64, 128, 256, 512)
 _SPARE_TILES = 32  # a chunk's last tile may be partly filled: so many chunks more than full tiles fit
 _NO_PLACE = -1
+_NO_TILES: Final = np.zeros((0, FIELDS), np.int32)
 
 logger = get_logger(__name__)
 
@@ -82,16 +83,16 @@ class ForwardGraphs:
         """Hidden states [T, hidden_size] of the step's tokens; None if there is no graph for such a step."""
         metadata = batch.metadata
         num_decodes, num_tokens = metadata.num_decodes, len(batch.input_ids) - metadata.num_decodes
-        if not 0 < num_tokens <= self._most:
+        if num_tokens > self._most:
             return None
-        if self._takes_prompts and metadata.seq_lens == [num_tokens]:
+        if self._takes_prompts and num_tokens and metadata.seq_lens == [num_tokens]:
             key = ForwardKey(0, _bucket(_PROMPT_BUCKETS, num_tokens), is_prompt=True)
-            tiles = np.zeros((0, FIELDS), np.int32)
+            tiles = _NO_TILES
         elif num_tokens <= _CHUNK_BUCKETS[-1]:
             key = self._key(metadata.seq_lens[:num_decodes], num_tokens)
             rows, tile_tokens = batch.index.host_slots[num_decodes:], self._backend.tile_sizes(key.tokens)[1]
             chunk_lens = metadata.query_lens[num_decodes:], metadata.seq_lens[num_decodes:]
-            tiles = plan_tiles(*chunk_lens, rows, key.decodes, tile_tokens)
+            tiles = plan_tiles(*chunk_lens, rows, key.decodes, tile_tokens) if num_tokens else _NO_TILES
         else:
             return None
         if len(tiles) > self._num_tiles(key.tokens):
@@ -126,7 +127,7 @@ class ForwardGraphs:
         self._slots[:count] = batch.index.slots[:count]
         self._seq_lens[:count] = metadata.seq_lens_device[:count]
         self._seq_lens[count : key.decodes] = 0
-        if key.is_prompt:
+        if key.is_prompt or not key.tokens:
             return
         padded = np.zeros((self._num_tiles(key.tokens), FIELDS), np.int32)
         padded[: len(tiles)] = tiles
@@ -152,6 +153,10 @@ class ForwardGraphs:
         size = key.decodes + key.tokens
         if key.is_prompt:
             attention: AttentionStep = self._backend.begin_prompt(self._kv, self._places[:size])
+            return self._model.forward(self._input_ids[:size], self._positions[:size], attention)
+        if not key.tokens:
+            decodes = self._slots[: key.decodes], self._seq_lens[: key.decodes]
+            attention = self._backend.begin_decode(self._kv, *decodes, self._states.block_table, key.parts)
             return self._model.forward(self._input_ids[:size], self._positions[:size], attention)
         attention = self._backend.begin_padded(
             self._kv,

@@ -78,8 +78,7 @@ class Startup:
             num_blocks = self._num_blocks(model_config, placement, activations)
             kv = KVTensors(model_config, num_blocks, config.block_size, placement)
             states = RequestStates(self._limits(model_config, num_blocks), placement.device)
-            num_ids = self._num_valid_token_ids(model_config)
-            graphs = choose_graphs(model, backend, kv, states, num_ids)
+            graphs = choose_graphs(model, backend, kv, states)
             runner = ModelRunner(model, backend, kv, states, graphs)
         self._check_stop()
         with self._phases.measure("warm up"):
@@ -187,9 +186,7 @@ def choose_backend(name: str, model_config: ModelConfig, placement: Placement) -
     return PagedBackend(model_config.num_attention_heads)
 
 
-def choose_graphs(
-    model: CausalLM, backend: AttentionBackend, kv: KVTensors, states: RequestStates, num_valid_token_ids: int
-) -> StepGraphs:
+def choose_graphs(model: CausalLM, backend: AttentionBackend, kv: KVTensors, states: RequestStates) -> StepGraphs:
     """Captured steps where the attention backend can be captured, which is Triton's on CUDA."""
     if states.device.type != "cuda" or backend.name != "triton_paged":
         return NoGraphs()
@@ -197,7 +194,7 @@ def choose_graphs(
     from folovllm.worker_proc.cuda_graphs import CudaGraphs
 
     assert isinstance(backend, TritonPagedBackend)
-    return CudaGraphs(model, backend, kv, states, num_valid_token_ids)
+    return CudaGraphs(model, backend, kv, states)
 
 
 @torch.inference_mode()

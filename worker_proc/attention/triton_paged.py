@@ -184,7 +184,7 @@ class PromptStep:
     def attend(self, layer: int, query: torch.Tensor, key_and_value: torch.Tensor) -> torch.Tensor:
         write_to_cache(key_and_value, self._kv.layer(layer), self._places, 0)
         key, value = key_and_value.split(self._kv.num_kv_heads, dim=1)
-        by_head = (each.transpose(0, 1).unsqueeze(0) for each in (query, key, value))
+        queries, keys, values = (each.transpose(0, 1).unsqueeze(0) for each in (query, key, value))
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            output = F.scaled_dot_product_attention(*by_head, is_causal=True, enable_gqa=True)
+            output = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
         return output[0].transpose(0, 1).flatten(1)
