@@ -103,6 +103,10 @@ class BlockPool:
         for block in list(self._block_of.values()):
             self._forget(block)
 
+    def is_cached(self, block: int) -> bool:
+        """Whether its contents can be found."""
+        return self._name_of[block] is not None
+
     def num_references(self, block: int) -> int:
         return self._references[block]
 

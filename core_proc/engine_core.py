@@ -17,6 +17,7 @@ from folovllm.common.messages.frontend_core import (
     EngineCoreOutputs,
     EngineCoreRequest,
     FinishedRequest,
+    GetSnapshot,
     GetStats,
     RejectedRequest,
     ResetPrefixCache,
@@ -106,6 +107,8 @@ class EngineCore:
                     self._scheduler.reset_prefix_cache()
                     self._recorder.cache_reset(now_s)
                     self._frontends.send(frontend, self._observer.stats(message.ticket))
+                case GetSnapshot():
+                    self._frontends.send(frontend, self._observer.snapshot(message.ticket, now_s))
                 case GetStats():
                     self._frontends.send(frontend, self._observer.stats(message.ticket))
 
@@ -227,6 +230,7 @@ class EngineCore:
             self._recorder.scheduled(step, now_s)
             if step is None:
                 return
+            self._observer.steps.note(step, now_s)
             self._executor.submit(step, now_s)
 
     def _check_when_idle(self, sources: list[Any]) -> None:

@@ -23,6 +23,7 @@ from folovllm.common.messages.frontend_core import (
     EngineFailed,
     FinishedRequest,
     FrontendToCore,
+    GetSnapshot,
     GetStats,
     Ping,
     RejectedRequest,
@@ -45,6 +46,8 @@ _GIVEN_UP: Final = encode(
 _LONG_PROMPT_PARTS_BYTES = 8 * 2**20
 _TOKEN_ID_BYTES = 4
 _MAX_NAME_CHARACTERS = 32  # it is a peer's own, and goes into the log
+
+Asked = AddRequests | AbortRequests | GetStats | GetSnapshot | ResetPrefixCache
 
 logger = get_logger(__name__)
 
@@ -77,7 +80,7 @@ class Frontends:
     def __len__(self) -> int:
         return len(self._by_client)
 
-    def receive(self) -> Iterator[tuple[Frontend, AddRequests | AbortRequests | GetStats | ResetPrefixCache]]:
+    def receive(self) -> Iterator[tuple[Frontend, Asked]]:
         """What the frontends ask for, in the order of arrival; greetings and bad frames are dealt with here."""
         for identity, frame in receive_waiting(self.socket):
             try:

@@ -1,10 +1,11 @@
-"""What the engine tells about itself: its figures on request, a line in the log now and then, a trace if wanted."""
+"""What the engine tells about itself: figures and a snapshot on request, a line in the log now and then, a trace."""
 
 from folovllm.common.log import get_logger
-from folovllm.common.messages.frontend_core import EngineStats
+from folovllm.common.messages.frontend_core import EngineSnapshot, EngineStats
 from folovllm.core_proc.block_pool import BlockPool
 from folovllm.core_proc.frontends import Frontends
 from folovllm.core_proc.scheduler import Scheduler
+from folovllm.core_proc.snapshot import StepHistory, take_snapshot
 from folovllm.core_proc.state_log import StateLog
 from folovllm.core_proc.tracing import NoRecorder, Recorder, Sink, TraceRecorder
 
@@ -12,7 +13,10 @@ logger = get_logger(__name__)
 
 
 class Observer:
-    """Looks at an engine's parts and changes none of them. `recorder` is to be told of the scheduler's doors."""
+    """Looks at an engine's parts and changes none of them.
+
+    `recorder` is to be told of the scheduler's doors, `steps` of each step that is submitted.
+    """
 
     def __init__(
         self,
@@ -26,6 +30,7 @@ class Observer:
         self._scheduler = scheduler
         self._pool = pool
         self._frontends = frontends
+        self.steps = StepHistory()
         self._state_log = StateLog(log_interval_s)
         self.recorder: Recorder = NoRecorder() if sink is None else TraceRecorder(scheduler, pool, sink)
 
@@ -34,6 +39,10 @@ class Observer:
         self.recorder.flush(now_s)
         if self._state_log.is_due(now_s, self._scheduler.has_unfinished):
             logger.info("%s", self._state_log.line(now_s, self.stats(0)))
+
+    def snapshot(self, ticket: int, now_s: float) -> EngineSnapshot:
+        """The engine from inside, as the answer to the question with this ticket."""
+        return take_snapshot(self.stats(ticket), self._scheduler, self._pool, self.steps, now_s)
 
     def stats(self, ticket: int) -> EngineStats:
         """The engine's state now, as the answer to the question with this ticket."""

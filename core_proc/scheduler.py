@@ -163,6 +163,22 @@ class Scheduler:
         """The request that has the slot, which must be in use."""
         return self._table.request(slot)
 
+    def first_requests(self, most: int) -> list[Request]:
+        """At most so many requests: those that run, by slot, then those that wait, in order. For whoever looks on."""
+        running = self._table.running()[:most]
+        return running + self._queue.first(most - len(running))
+
+    def progress(self, request: Request) -> tuple[int, int]:
+        """Its known and its computed tokens."""
+        if request.slot is None:
+            return request.num_confirmed_tokens, 0
+        return int(self._table.num_known[request.slot]), int(self._table.num_computed[request.slot])
+
+    @property
+    def max_num_batched_tokens(self) -> int:
+        """The token budget of a step."""
+        return self._max_num_batched_tokens
+
     @property
     def has_unfinished(self) -> bool:
         return self.num_running > 0 or self.num_waiting > 0

@@ -10,10 +10,10 @@ import time
 import weakref
 from collections.abc import AsyncGenerator, Callable
 from types import TracebackType
-from typing import Unpack
+from typing import TypeVar, Unpack
 
 from folovllm.common.errors import EngineDeadError, FoloVLLMError, RequestError
-from folovllm.common.messages.frontend_core import EngineCoreOutputs, EngineStats, Welcome
+from folovllm.common.messages.frontend_core import EngineCoreOutputs, EngineSnapshot, EngineStats, Welcome
 from folovllm.common.sampling_params import SamplingParams
 from folovllm.frontend.chat_request import ChatOptions, Conversation, render
 from folovllm.frontend.engine_options import EngineOptions, check_names
@@ -27,6 +27,8 @@ from folovllm.frontend.startup_table import StartupReport
 from folovllm.frontend.tokenizer import Tokenizer
 
 _STATS_TIMEOUT_S = 10.0  # as in `llm`
+Answer = TypeVar("Answer", EngineStats, EngineSnapshot)
+
 _STEPS_AT_ONCE = 8  # messages that are taken in before consumers get their turn
 
 
@@ -55,7 +57,7 @@ class AsyncLLM:
         self._receives_soon = False
         self._next_id = 0
         self._next_ticket = 0
-        self._stats: dict[int, asyncio.Future[EngineStats]] = {}
+        self._questions: dict[int, asyncio.Future[EngineStats | EngineSnapshot]] = {}
 
     async def __aenter__(self) -> "AsyncLLM":
         return self
@@ -103,26 +105,32 @@ class AsyncLLM:
 
     async def get_stats(self) -> EngineStats:
         """The engine's state now. Raises EngineDeadError if it has ended or does not answer within 10 seconds."""
-        return await self._ask(self._open.client.ask_stats)
+        return await self._ask(self._open.client.ask_stats, EngineStats)
+
+    async def snapshot(self) -> EngineSnapshot:
+        """The engine from inside: requests, last steps, blocks; no token, no text. Raises as `get_stats`."""
+        return await self._ask(self._open.client.ask_snapshot, EngineSnapshot)
 
     async def reset_prefix_cache(self) -> bool:
         """As `LLM.reset_prefix_cache`."""
-        return (await self._ask(self._open.client.reset_prefix_cache)).num_cached_blocks == 0
+        return (await self._ask(self._open.client.reset_prefix_cache, EngineStats)).num_cached_blocks == 0
 
-    async def _ask(self, send: Callable[[int], None]) -> EngineStats:
-        """Sends a question with a ticket and waits for the statistics that echo it."""
+    async def _ask(self, send: Callable[[int], None], kind: type[Answer]) -> Answer:
+        """Sends a question with a ticket and waits for the answer that echoes it."""
         loop = self._attach()
         ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
-        future: asyncio.Future[EngineStats] = loop.create_future()
-        self._stats[ticket] = future
+        future: asyncio.Future[EngineStats | EngineSnapshot] = loop.create_future()
+        self._questions[ticket] = future
         try:
             send(ticket)
             self._receive_soon(loop)
-            return await asyncio.wait_for(future, _STATS_TIMEOUT_S)
+            answer = await asyncio.wait_for(future, _STATS_TIMEOUT_S)
         except TimeoutError as error:
             raise EngineDeadError(f"the engine did not answer within {_STATS_TIMEOUT_S:g} s") from error
         finally:
-            del self._stats[ticket]
+            del self._questions[ticket]
+        assert isinstance(answer, kind), "tickets are not used twice"
+        return answer
 
     async def generate(
         self,
@@ -251,8 +259,8 @@ class AsyncLLM:
                 if isinstance(message, EngineCoreOutputs):
                     _, to_abort = self._open.outputs.process(message, time.monotonic())
                     self._open.client.abort(to_abort)
-                elif message.ticket in self._stats and not self._stats[message.ticket].done():
-                    self._stats[message.ticket].set_result(message)
+                elif message.ticket in self._questions and not self._questions[message.ticket].done():
+                    self._questions[message.ticket].set_result(message)
         except FoloVLLMError as error:
             if self._loop is not None:
                 self._unwatch(self._loop)
@@ -262,6 +270,6 @@ class AsyncLLM:
         """From now on every call raises `error`, and so do those in work."""
         self._failure = self._failure or error
         self._open.outputs.fail_all(self._failure)
-        for future in self._stats.values():
+        for future in self._questions.values():
             if not future.done():
                 future.set_exception(self._failure)

@@ -19,8 +19,10 @@ from folovllm.common.messages.frontend_core import (
     EngineCoreOutputs,
     EngineCoreRequest,
     EngineFailed,
+    EngineSnapshot,
     EngineStats,
     FrontendToCore,
+    GetSnapshot,
     GetStats,
     Ping,
     ResetPrefixCache,
@@ -38,7 +40,7 @@ _END_WAIT_S = 2.0  # a core that fails hangs up first, then lingers for 0.5 s: i
 _LOST = zmq.EVENT_DISCONNECTED
 _REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 
-Received = EngineCoreOutputs | EngineStats
+Received = EngineCoreOutputs | EngineStats | EngineSnapshot
 
 
 class CoreClient:
@@ -132,6 +134,10 @@ class CoreClient:
         """Asks for EngineStats, which come with `receive` and echo the ticket."""
         self._send(GetStats(ticket))
 
+    def ask_snapshot(self, ticket: int) -> None:
+        """Asks for an EngineSnapshot, which comes with `receive` and echoes the ticket."""
+        self._send(GetSnapshot(ticket))
+
     def reset_prefix_cache(self, ticket: int) -> None:
         """Has the core forget what is cached; EngineStats that echo the ticket come once it has."""
         self._send(ResetPrefixCache(ticket))
@@ -154,7 +160,7 @@ class CoreClient:
         received: list[Received] = []
         while len(received) != limit and self._failure is None and (frame := self._receive_frame()) is not None:
             message = self._decoder.decode(frame)
-            if isinstance(message, EngineCoreOutputs | EngineStats):
+            if isinstance(message, Received):
                 received.append(message)
             elif isinstance(message, EngineFailed):
                 self._failure = EngineDeadError(message.message)

@@ -105,6 +105,16 @@ class ResetPrefixCache(msgspec.Struct, array_like=True, gc=False, frozen=True, t
     ticket: int
 
 
+class GetSnapshot(msgspec.Struct, array_like=True, gc=False, frozen=True, tag="get-snapshot"):
+    """Frontend → core: asks for an EngineSnapshot.
+
+    Attributes:
+        ticket: any number; echoed, so that an answer is matched to its question.
+    """
+
+    ticket: int
+
+
 class Welcome(msgspec.Struct, array_like=True, frozen=True, tag="welcome"):
     """Core → frontend: the answer to its Hello.
 
@@ -255,6 +265,75 @@ class EngineStats(msgspec.Struct, array_like=True, gc=False, frozen=True, tag="s
     num_evicted_blocks_total: int = 0
 
 
+class RequestSnapshot(msgspec.Struct, array_like=True, gc=False, frozen=True):
+    """How far one answer is, in numbers. The words are those of the glossary in `core_proc/request.py`.
+
+    Attributes:
+        client: the frontend it came from, a number of the core's.
+        number: the frontend's number of the answer.
+        status: where it is.
+        priority: lower runs first where the policy is "priority".
+        num_prompt_tokens: tokens of its prompt.
+        num_known_tokens: prompt and output, tokens on their way included.
+        num_computed_tokens: of these, those whose K and V are held; 0 while it waits.
+        num_cached_tokens: prompt tokens that were taken from shared blocks.
+        max_tokens: most output tokens.
+        num_preemptions: how often it was preempted.
+        age_s: seconds since the core received it.
+    """
+
+    client: int
+    number: int
+    status: Literal["waiting", "running", "preempted"]
+    priority: int
+    num_prompt_tokens: int
+    num_known_tokens: int
+    num_computed_tokens: int
+    num_cached_tokens: int
+    max_tokens: int
+    num_preemptions: int
+    age_s: float
+
+
+class StepSnapshot(msgspec.Struct, array_like=True, gc=False, frozen=True):
+    """What one step computes.
+
+    Attributes:
+        step_id: counts up.
+        num_decode_tokens: requests that get one token computed.
+        num_prefill_tokens: tokens of all others: prompts, and what was lost by preemption.
+        age_s: seconds since it was submitted.
+    """
+
+    step_id: int
+    num_decode_tokens: int
+    num_prefill_tokens: int
+    age_s: float
+
+
+class EngineSnapshot(msgspec.Struct, array_like=True, gc=False, frozen=True, tag="snapshot"):
+    """Core → frontend: the engine from inside, in numbers and bounded in size; no token and no name is in it.
+
+    Attributes:
+        ticket: echoed from GetSnapshot.
+        stats: the engine's state; its `ticket` is the same.
+        max_num_batched_tokens: the token budget of a step.
+        requests: those that run, then those that wait, in the order in which they will be served; only the first ones.
+        steps: the last ones, oldest first.
+        blocks: one byte for each block, or for each `block_stride`-th, from block 1 on: 0 free and empty, 1 free with
+            contents that can be found, 2 in use by one request, 3 shared by several.
+        block_stride: 1, or more where there are many blocks.
+    """
+
+    ticket: int
+    stats: EngineStats
+    max_num_batched_tokens: int
+    requests: list[RequestSnapshot]
+    steps: list[StepSnapshot]
+    blocks: bytes
+    block_stride: int
+
+
 class Ping(msgspec.Struct, array_like=True, gc=False, frozen=True, tag="ping"):
     """Core → frontend: nothing to say; its delivery tells the core that the frontend is still connected."""
 
@@ -269,5 +348,5 @@ class EngineFailed(msgspec.Struct, array_like=True, gc=False, frozen=True, tag="
     message: str
 
 
-FrontendToCore = Hello | AddRequests | AbortRequests | GetStats | ResetPrefixCache | BadFrame
-CoreToFrontend = Welcome | EngineCoreOutputs | EngineStats | Ping | EngineFailed | BadFrame
+FrontendToCore = Hello | AddRequests | AbortRequests | GetStats | GetSnapshot | ResetPrefixCache | BadFrame
+CoreToFrontend = Welcome | EngineCoreOutputs | EngineStats | EngineSnapshot | Ping | EngineFailed | BadFrame

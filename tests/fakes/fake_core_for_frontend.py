@@ -27,10 +27,12 @@ from folovllm.common.messages.frontend_core import (
     EngineCoreOutputs,
     EngineCoreRequest,
     EngineFailed,
+    EngineSnapshot,
     EngineStats,
     FinishedRequest,
     FinishReason,
     FrontendToCore,
+    GetSnapshot,
     GetStats,
     RejectedRequest,
     RequestPromptLogprobs,
@@ -196,6 +198,9 @@ class FakeCore:
             if isinstance(message, ResetPrefixCache):
                 self.num_cached_blocks = 0
             self._send(identity, self._stats(message.ticket))
+        elif isinstance(message, GetSnapshot):
+            stats = self._stats(message.ticket)
+            self._send(identity, EngineSnapshot(message.ticket, stats, 64, [], [], bytes([0, 1, 2, 3]), 25))
 
     def _stats(self, ticket: int) -> EngineStats:
         totals = (0, 0, 0, 0, 0, 1, 0, 0)

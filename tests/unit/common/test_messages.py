@@ -27,15 +27,19 @@ from folovllm.common.messages.frontend_core import (
     EngineCoreOutputs,
     EngineCoreRequest,
     EngineFailed,
+    EngineSnapshot,
     EngineStats,
     FinishedRequest,
     FrontendToCore,
+    GetSnapshot,
     GetStats,
     Grammar,
     Ping,
     RejectedRequest,
     RequestPromptLogprobs,
+    RequestSnapshot,
     ResetPrefixCache,
+    StepSnapshot,
     Welcome,
 )
 from folovllm.common.messages.lifecycle import (
@@ -68,6 +72,8 @@ LOGPROBS = Logprobs(IDS, IDS, IDS, IDS)
 FINISHED = FinishedRequest(3, "stop", 7, IDS, 16, 1, 0.1, 0.2, 0.3, "text")
 REJECTED = RejectedRequest(4, "queue_full", "full", "n", 2.5)
 
+RUNNING = RequestSnapshot(0, 5, "running", -1, 7, 9, 8, 4, 100, 1, 2.5)
+SNAPSHOT = EngineSnapshot(3, EngineStats(*range(17)), 64, [RUNNING], [StepSnapshot(8, 2, 60, 0.25)], b"\0\1\2\3", 1)
 LINKS: list[tuple[Any, list[msgspec.Struct]]] = [
     (
         ParentToCore,
@@ -109,6 +115,7 @@ LINKS: list[tuple[Any, list[msgspec.Struct]]] = [
             AddRequests([REQUEST, REQUEST]),
             AbortRequests(IDS),
             GetStats(2**40),
+            GetSnapshot(2**40),
             ResetPrefixCache(2**40),
         ],
     ),
@@ -119,6 +126,7 @@ LINKS: list[tuple[Any, list[msgspec.Struct]]] = [
             EngineCoreOutputs(),
             EngineCoreOutputs(IDS, IDS, [FINISHED], [REJECTED], IDS, LOGPROBS, [RequestPromptLogprobs(1, 2, LOGPROBS)]),
             EngineStats(*range(17)),
+            SNAPSHOT,
             Ping(),
             EngineFailed("gone"),
         ],
@@ -144,7 +152,7 @@ def test_round_trip(link: Any, message: msgspec.Struct) -> None:
 
 def test_every_struct_is_among_the_cases() -> None:
     inside = {SamplingRow, NewRequest, EngineCoreRequest, FinishedRequest, RejectedRequest, PhaseTime, MemoryUse}
-    inside |= {Grammar, Logprobs, PromptLogprobs, RequestPromptLogprobs}
+    inside |= {Grammar, Logprobs, PromptLogprobs, RequestPromptLogprobs, RequestSnapshot, StepSnapshot}
     covered = inside | {type(message) for _, group in LINKS for message in group}
     assert _structs(core_worker) | _structs(frontend_core) | _structs(lifecycle) == covered
 

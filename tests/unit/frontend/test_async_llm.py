@@ -232,6 +232,16 @@ def test_log_probabilities_and_prompts(core: FakeCore) -> None:
     run(core, scenario)
 
 
+def test_a_snapshot_and_statistics_do_not_mix(core: FakeCore) -> None:
+    async def scenario(llm: AsyncLLM) -> None:
+        snapshot, stats = await asyncio.gather(llm.snapshot(), llm.get_stats())
+        assert (snapshot.blocks, snapshot.block_stride) == (bytes([0, 1, 2, 3]), 25)
+        assert snapshot.stats.num_blocks == stats.num_blocks == 100
+        assert snapshot.ticket != stats.ticket
+
+    run(core, scenario)
+
+
 def test_the_prefix_cache_can_be_reset(core: FakeCore) -> None:
     async def scenario(llm: AsyncLLM) -> None:
         assert (await llm.get_stats()).num_cached_blocks == 7
