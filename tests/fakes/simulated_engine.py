@@ -14,8 +14,9 @@ from folovllm.core_proc.logprobs_route import RoutedLogprobs
 from folovllm.core_proc.request import Request, RequestStatus
 from folovllm.core_proc.request_queue import RequestQueue
 from folovllm.core_proc.scheduler import ChunkBounds, Scheduler, StepOutcome
+from tests.fakes.simulated_grammar import SimulatedGrammar
 from tests.fakes.simulated_logprobs import Place, places_of, unpack
-from tests.fakes.simulated_worker import SimulatedWorker, answer, int32, scheduled
+from tests.fakes.simulated_worker import VOCABULARY, SimulatedWorker, answer, int32, scheduled
 
 ALWAYS_WHOLE = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
 
@@ -96,6 +97,8 @@ class SimulatedEngine:
                 cache_salt=options.get("cache_salt", ""),
                 skip_reading_prefix_cache=options.get("skip_reading_prefix_cache", False),
             )
+            if "grammar" in options:  # "at once" or "late"
+                request.grammar = SimulatedGrammar(VOCABULARY, is_late=options["grammar"] == "late")
             self.scheduler.add_request(request)
             self.scheduler.check_invariants()
             answers.append(request)
@@ -208,4 +211,5 @@ class SimulatedEngine:
     def expected(self, request: Request) -> list[int]:
         num_prompt = request.num_prompt_tokens
         room = min(self.max_model_len, self.manager.capacity_tokens + 1) - num_prompt
-        return answer(request.prompt_token_ids.tolist(), request.sampling, min(request.max_tokens, room))
+        max_tokens, has_grammar = min(request.max_tokens, room), request.grammar is not None
+        return answer(request.prompt_token_ids.tolist(), request.sampling, max_tokens, has_grammar=has_grammar)

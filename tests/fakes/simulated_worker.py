@@ -17,6 +17,7 @@ from folovllm.common.messages.core_worker import (
     SamplingRow,
     SchedulerOutput,
 )
+from tests.fakes.simulated_grammar import fitting, masked
 from tests.fakes.simulated_logprobs import Place, pack, place, places_of
 
 VOCABULARY = 97
@@ -32,12 +33,13 @@ def sample(context: Sequence[int], sampling: SamplingRow) -> int:
     return value % VOCABULARY
 
 
-def answer(prompt: Sequence[int], sampling: SamplingRow, max_tokens: int) -> list[int]:
+def answer(prompt: Sequence[int], sampling: SamplingRow, max_tokens: int, *, has_grammar: bool = False) -> list[int]:
     """The output of a request that runs alone, without any engine."""
     stop_ids = set(integers(sampling.stop_token_ids))
     output: list[int] = []
     while len(output) < max_tokens:
-        output.append(sample([*prompt, *output], sampling))
+        token_id = sample([*prompt, *output], sampling)
+        output.append(fitting(token_id, len(output)) if has_grammar else token_id)
         if output[-1] in stop_ids and len(output) >= sampling.min_tokens:
             break
     return output
@@ -79,6 +81,8 @@ class SimulatedWorker:
         counts = scheduled(step)
         prompts = [part for row, (slot, count) in enumerate(counts) for part in self._prompt_logprobs(row, slot, count)]
         sampling_slots = [slot for slot, num_tokens in counts if self._compute(slot, num_tokens)]
+        masks = masks_of(step)
+        assert set(masks) <= set(sampling_slots), "a mask for a slot that does not sample"
         tokens: list[int] = []
         rows: list[int] = []
         places: list[Place] = []
@@ -86,7 +90,9 @@ class SimulatedWorker:
             row = self.rows[slot]
             context = self._context(row)
             assert context == row.token_ids or _GARBAGE in context, "the blocks do not hold the slot's tokens"
-            tokens.append(VOID_TOKEN if _GARBAGE in context else sample(row.token_ids, row.sampling))
+            token_id = sample(row.token_ids, row.sampling)
+            token_id = masked(token_id, masks[slot]) if slot in masks else token_id
+            tokens.append(VOID_TOKEN if _GARBAGE in context else token_id)
             if row.sampling.logprobs is not None:
                 rows.append(len(tokens) - 1)
                 places.append(place(row.token_ids, tokens[-1], row.sampling.logprobs))
@@ -157,6 +163,13 @@ class SimulatedWorker:
     def _context(self, row: Row) -> list[int]:
         places = [divmod(position, self.block_size) for position in range(row.num_computed)]
         return [self.kv[row.block_ids[index], offset] for index, offset in places]
+
+
+def masks_of(step: SchedulerOutput) -> dict[int, bytes]:
+    """slot → its token mask."""
+    slots, size = integers(step.masked_slots), -(-VOCABULARY // 32) * 4
+    assert len(step.token_masks) == len(slots) * size
+    return {slot: step.token_masks[row * size : (row + 1) * size] for row, slot in enumerate(slots)}
 
 
 def scheduled(step: SchedulerOutput) -> list[tuple[int, int]]:
