@@ -8,6 +8,7 @@ known token is computed in this step.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -16,7 +17,6 @@ from folovllm.worker_proc.attention.backend import AttentionMetadata
 from folovllm.worker_proc.host_to_device import upload
 from folovllm.worker_proc.request_states import (
     MIN_P,
-    MIN_TOKENS,
     NUM_PROMPT,
     SAMPLE_INDEX,
     SEED,
@@ -25,7 +25,10 @@ from folovllm.worker_proc.request_states import (
     TOP_P,
     RequestStates,
 )
-from folovllm.worker_proc.sample.constraints import Constraint, MinTokens
+from folovllm.worker_proc.row_constraints import RowConstraints, SharedParts
+from folovllm.worker_proc.sample.constraints import Constraint
+from folovllm.worker_proc.sample.logprobs import PromptPart
+from folovllm.worker_proc.sample.processors import LogitsProcessor
 from folovllm.worker_proc.sample.sampler import SamplingTensors, split_rows
 from folovllm.worker_proc.sample.token_mask import TokenMask
 from folovllm.worker_proc.step_arrays import StepArrays
@@ -37,7 +40,7 @@ class BatchIndex:
     """What depends on a step's slots, token counts and on who samples, but not on how far the requests are.
 
     Attributes:
-        key: of the step it was made for.
+        key: of the step it was made for; `version` is that of the persistent rows.
         samples: [R] bool, on the host.
         slots, query_lens: [R]; `host_slots` and `query_lens_list` are the same on the host.
         token_slots: [T] each token's slot.
@@ -48,9 +51,11 @@ class BatchIndex:
         sampling_slots: [S]; `host_sampling_slots` is the same on the host.
         num_prompt: [S] prompt lengths.
         sampling: parameters of the S rows; `position` is the step's and replaced.
+        constraints: what the S rows ask for beyond these.
     """
 
     key: tuple[bytes, bytes]
+    version: int
     samples: np.ndarray[tuple[int], np.dtype[np.bool_]]
     slots: torch.Tensor
     host_slots: Ids
@@ -65,6 +70,7 @@ class BatchIndex:
     host_sampling_slots: Ids
     num_prompt: torch.Tensor
     sampling: SamplingTensors
+    constraints: RowConstraints
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -76,8 +82,9 @@ class InputBatch:
         input_ids, positions: [T].
         metadata: for the attention backend.
         sampling: parameters of the S rows that sample.
-        constraints: what forbids tokens in some of the S rows.
+        constraints: what changes the logits of some of the S rows.
         next_positions: [S] where in its row each sampled token goes.
+        prompt_parts: prompt tokens whose log probabilities are to be reported.
     """
 
     index: BatchIndex
@@ -87,6 +94,7 @@ class InputBatch:
     sampling: SamplingTensors
     constraints: list[Constraint]
     next_positions: torch.Tensor
+    prompt_parts: list[PromptPart]
 
     @property
     def num_sampling(self) -> int:
@@ -98,12 +106,12 @@ class InputBatch:
 
 
 class InputBatchBuilder:
-    """Builds the steps' batches from the persistent rows."""
+    """Builds the steps' batches from the persistent rows. `processors`: the logits processors that are loaded."""
 
-    def __init__(self, states: RequestStates) -> None:
+    def __init__(self, states: RequestStates, processors: Mapping[str, LogitsProcessor]) -> None:
         self._states = states
+        self._shared = SharedParts(states, processors)
         self._index: BatchIndex | None = None
-        self._min_tokens: tuple[bytes, list[Constraint]] = (b"", [])
 
     def build(self, step: StepArrays) -> InputBatch:
         """The batch of a step that has been applied to the rows and not yet been counted as computed."""
@@ -122,8 +130,9 @@ class InputBatchBuilder:
             positions,
             metadata,
             dataclasses.replace(index.sampling, position=next_positions - index.num_prompt),
-            [*self._constraints(index, seq_lens), *self._token_masks(step, index)],
+            [*self._constraints(index, next_positions, seq_lens), *self._token_masks(step, index)],
             next_positions,
+            self._prompt_parts(step, seq_lens),
         )
 
     def _metadata(
@@ -144,9 +153,13 @@ class InputBatchBuilder:
     def _index_of(self, step: StepArrays, samples: "np.ndarray[tuple[int], np.dtype[np.bool_]]") -> BatchIndex:
         """The index of the last step if it fits this one too, else a new one."""
         index = self._index
-        if index is None or step.new_rows or step.key != index.key or not np.array_equal(samples, index.samples):
+        if (
+            index is None
+            or index.version != self._states.version  # slots of the same numbers are other requests'
+            or step.key != index.key
+            or not np.array_equal(samples, index.samples)
+        ):
             self._index = index = self._make_index(step, samples)
-            self._min_tokens = (b"", [])
         return index
 
     def _make_index(self, step: StepArrays, samples: "np.ndarray[tuple[int], np.dtype[np.bool_]]") -> BatchIndex:
@@ -164,6 +177,7 @@ class InputBatchBuilder:
         ).split(sizes)
         return BatchIndex(
             key=step.key,
+            version=self._states.version,
             samples=samples,
             slots=slots,
             host_slots=step.slots,
@@ -178,6 +192,7 @@ class InputBatchBuilder:
             host_sampling_slots=sampling_slots,
             num_prompt=self._states.integers[:, NUM_PROMPT].index_select(0, sampling_device),
             sampling=self._sampling(sampling_slots, sampling_device),
+            constraints=RowConstraints(self._states, sampling_slots, self._shared),
         )
 
     def _sampling(self, slots: Ids, slots_device: torch.Tensor) -> SamplingTensors:
@@ -212,16 +227,21 @@ class InputBatchBuilder:
         rows = order[np.searchsorted(index.host_sampling_slots, step.masked_slots, sorter=order)]
         return [TokenMask(rows, step.token_masks, self._states.device)]
 
-    def _constraints(self, index: BatchIndex, seq_lens: Ids) -> list[Constraint]:
-        """Forbids the stop set where the answer is shorter than min_tokens; made anew only for other rows."""
-        slots, host = index.host_sampling_slots, self._states.host_integers
-        too_short = seq_lens[index.samples] - host[slots, NUM_PROMPT] < host[slots, MIN_TOKENS]
-        if not too_short.any():
+    def _constraints(self, index: BatchIndex, num_known: torch.Tensor, seq_lens: Ids) -> list[Constraint]:
+        return index.constraints.of_step(index.sampling_slots, index.num_prompt, num_known, seq_lens[index.samples])
+
+    def _prompt_parts(self, step: StepArrays, seq_lens: Ids) -> list[PromptPart]:
+        """What this step's tokens say of the prompts that are reported: each token's output is about the next one."""
+        states = self._states
+        reports = states.reports_prompt[step.slots]
+        if not reports.any():
             return []
-        key = too_short.tobytes()
-        if self._min_tokens[0] != key:
-            stops = [
-                (row, self._states.stop_token_ids[slots[row]].tolist()) for row in np.flatnonzero(too_short).tolist()
-            ]
-            self._min_tokens = (key, [MinTokens(stops, self._states.limits.num_valid_token_ids, self._states.device)])
-        return self._min_tokens[1]
+        parts, firsts = [], np.cumsum(step.query_lens) - step.query_lens
+        for row in np.flatnonzero(reports).tolist():
+            slot = int(step.slots[row])
+            start = int(seq_lens[row] - step.query_lens[row]) + 1
+            count = min(int(seq_lens[row]) + 1, int(states.host_integers[slot, NUM_PROMPT])) - start
+            extras = states.extras[slot]
+            if count > 0 and extras is not None and extras.prompt_logprobs is not None:
+                parts.append(PromptPart(row, slot, start, count, int(firsts[row]), extras.prompt_logprobs))
+        return parts

@@ -1,5 +1,6 @@
 """One step in, its tokens out. `ModelRunner.execute` is the whole order of a step; all else is a leaf that it names."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,13 @@ from folovllm.worker_proc.models.registry import CausalLM
 from folovllm.worker_proc.output_thread import PendingOutput
 from folovllm.worker_proc.request_states import RequestStates
 from folovllm.worker_proc.sample.constraints import apply_constraints
+from folovllm.worker_proc.sample.logprobs import (
+    LogprobRows,
+    PendingPromptLogprobs,
+    SampledLogprobs,
+    prompt_logprobs,
+)
+from folovllm.worker_proc.sample.processors import LogitsProcessor
 from folovllm.worker_proc.sample.sampler import Sampled, sample
 from folovllm.worker_proc.step_arrays import StepArrays
 from folovllm.worker_proc.step_graphs import NoGraphs, StepGraphs
@@ -23,18 +31,34 @@ _VOID = -1  # travels to the host in place of a token that means nothing: one co
 
 
 class StepResult:
-    """A step's tokens on their way to the host; None if no slot samples."""
+    """A step's tokens on their way to the host (None if no slot samples), and log probabilities for who asked."""
 
-    def __init__(self, step_id: int, sampled: Sampled | None) -> None:
+    def __init__(
+        self,
+        step_id: int,
+        sampled: Sampled | None,
+        logprobs: SampledLogprobs | None = None,
+        prompts: Sequence[PendingPromptLogprobs] = (),
+    ) -> None:
         self.step_id = step_id
-        self._tokens = None if sampled is None else Download(sampled.token_ids.masked_fill(sampled.is_void, _VOID))
+        self._logprobs = logprobs
+        self._prompts = prompts
+        self._num_tokens = 0 if sampled is None else len(sampled.token_ids)
+        self._words = None if sampled is None else Download(_as_words(sampled, logprobs))
 
     def wait(self) -> ModelRunnerOutput:
         """The result, once the device has it."""
-        if self._tokens is None:
-            return ModelRunnerOutput(self.step_id)
-        tokens = self._tokens.wait()
-        return ModelRunnerOutput(self.step_id, _int32_bytes(tokens), _int32_bytes(np.flatnonzero(tokens == _VOID)))
+        prompts = [pending.wait() for pending in self._prompts]
+        if self._words is None:
+            return ModelRunnerOutput(self.step_id, prompt_logprobs=prompts)
+        words = self._words.wait()
+        tokens = words[: self._num_tokens]
+        is_void = tokens == _VOID
+        token_ids, no_token_rows = _int32_bytes(tokens), _int32_bytes(np.flatnonzero(is_void))
+        if self._logprobs is None:
+            return ModelRunnerOutput(self.step_id, token_ids, no_token_rows, prompt_logprobs=prompts)
+        rows, logprobs = self._logprobs.read(words[self._num_tokens :], is_void)
+        return ModelRunnerOutput(self.step_id, token_ids, no_token_rows, "", _int32_bytes(rows), logprobs, prompts)
 
 
 class ModelRunner:
@@ -52,14 +76,16 @@ class ModelRunner:
         kv: KVTensors,
         states: RequestStates,
         graphs: StepGraphs | None = None,
+        processors: Mapping[str, LogitsProcessor] | None = None,
     ) -> None:
+        """`graphs`: captured steps, none by default; `processors`: loaded logits processors by name."""
         self._graphs = graphs or NoGraphs()
         self._model = model
         self._backend = backend
         self._kv = kv
         self._states = states
         self._num_valid_token_ids = states.limits.num_valid_token_ids
-        self._input_batch = InputBatchBuilder(states)
+        self._input_batch = InputBatchBuilder(states, processors or {})
 
     @torch.inference_mode()
     def execute(self, step: SchedulerOutput) -> PendingOutput:
@@ -76,13 +102,30 @@ class ModelRunner:
         index = batch.index
         self._states.advance(arrays, index.slots, index.query_lens, index.host_sampling_slots)
         hidden = self._forward(batch)
+        prompts = self._prompt_logprobs(batch, hidden)
         if batch.num_sampling == 0:
-            return StepResult(step.step_id, None)
-        logits = self._model.compute_logits(batch.sampling_rows(hidden))[:, : self._num_valid_token_ids].float()
+            return StepResult(step.step_id, None, None, prompts)
+        from_network = self._model.compute_logits(batch.sampling_rows(hidden))
+        asked = index.constraints.logprobs
+        logits = from_network[:, : self._num_valid_token_ids].to(torch.float32, copy=asked is not None)
         apply_constraints(logits, batch.constraints)
         sampled = sample(logits, batch.sampling)
         self._states.record(index.sampling_slots, batch.next_positions, sampled.token_ids)
-        return StepResult(step.step_id, sampled)
+        return StepResult(step.step_id, sampled, self._logprobs(asked, from_network, sampled), prompts)
+
+    def _logprobs(self, asked: LogprobRows | None, logits: torch.Tensor, sampled: Sampled) -> SampledLogprobs | None:
+        if asked is None:
+            return None
+        return SampledLogprobs(asked, logits, sampled.token_ids, self._num_valid_token_ids)
+
+    def _prompt_logprobs(self, batch: InputBatch, hidden: torch.Tensor) -> list[PendingPromptLogprobs]:
+        return prompt_logprobs(
+            batch.prompt_parts,
+            hidden,
+            self._model.compute_logits,
+            self._states.token_ids,
+            self._num_valid_token_ids,
+        )
 
     def _forward(self, batch: InputBatch) -> torch.Tensor:
         """[T, hidden_size], from a captured pass or operator by operator."""
@@ -95,6 +138,12 @@ class ModelRunner:
         if len(arrays.copy_sources):
             device = self._states.device
             self._kv.copy_blocks(upload(arrays.copy_sources, device), upload(arrays.copy_destinations, device))
+
+
+def _as_words(sampled: Sampled, logprobs: SampledLogprobs | None) -> torch.Tensor:
+    """What goes to the host in one copy: tokens, and as int32 words what is reported with them."""
+    tokens = sampled.token_ids.masked_fill(sampled.is_void, _VOID)
+    return tokens if logprobs is None else torch.cat([tokens.to(torch.int32), *logprobs.words])
 
 
 def _int32_bytes(values: npt.NDArray[Any]) -> bytes:

@@ -12,6 +12,7 @@ import torch
 
 from folovllm.common.messages.core_worker import SchedulerOutput
 from folovllm.worker_proc.host_to_device import upload
+from folovllm.worker_proc.sampling_extras import SamplingExtras
 from folovllm.worker_proc.step_arrays import NewRow, SlotCounts, StepArrays, StepLimits, read_step
 from folovllm.worker_proc.wire_fields import Ids
 
@@ -33,6 +34,10 @@ class RequestStates:
         integers: int64 [num_slots, 5]; top_k, seed (its 64 bits), sample_index, prompt length, min_tokens.
         host_floats, host_integers: the same on the host, to choose shapes and shortcuts by.
         stop_token_ids: on the host, each slot's stop set.
+        extras: on the host, what each slot's request asks for beyond the tensors above.
+        is_plain: bool [num_slots], on the host; False where the steps that sample have to look at `extras`.
+        reports_prompt: bool [num_slots], on the host; the request wants log probabilities of its prompt.
+        version: how often slots were filled; what was made of rows before is out of date.
     """
 
     def __init__(self, limits: StepLimits, device: torch.device) -> None:
@@ -48,6 +53,10 @@ class RequestStates:
         self.host_floats = np.zeros((slots, 3), np.float64)
         self.host_integers = np.zeros((slots, 5), np.int64)
         self.stop_token_ids: list[Ids] = [np.zeros(0, np.int64)] * slots
+        self.extras: list[SamplingExtras | None] = [None] * slots
+        self.is_plain = np.ones(slots, np.bool_)
+        self.reports_prompt = np.zeros(slots, np.bool_)
+        self.version = 0
 
     def num_bytes(self) -> int:
         """Bytes on the device."""
@@ -86,6 +95,7 @@ class RequestStates:
 
     def _fill(self, rows: Sequence[NewRow]) -> None:
         """Overwrites the slots of new requests, all of them in a few operations."""
+        self.version += 1
         slots = np.array([row.slot for row in rows], np.int64)
         self._put(self.token_ids, *_ragged(slots, [row.token_ids for row in rows]))
         device_slots = upload(slots, self.device)
@@ -110,6 +120,9 @@ class RequestStates:
             sampling.min_tokens,
         )
         self.stop_token_ids[row.slot] = row.stop_token_ids
+        extras = self.extras[row.slot] = row.extras
+        self.is_plain[row.slot] = extras is None or not extras.concerns_sampling
+        self.reports_prompt[row.slot] = extras is not None and extras.prompt_logprobs is not None
 
     def _put(self, table: torch.Tensor, slots: Ids, columns: Ids, values: Ids) -> None:
         """table[slots[i], columns[i]] = values[i]; no place may occur twice."""

@@ -33,6 +33,7 @@ from folovllm.worker_proc.models.registry import CausalLM, build_model
 from folovllm.worker_proc.phases import Phases
 from folovllm.worker_proc.rehearsal import Rehearsal, rehearsal_steps
 from folovllm.worker_proc.request_states import RequestStates
+from folovllm.worker_proc.sample.processors import LogitsProcessor, load_processors
 from folovllm.worker_proc.step_arrays import StepLimits
 from folovllm.worker_proc.step_graphs import NoGraphs, StepGraphs
 from folovllm.worker_proc.weights import checkpoint_dtype, fill_dummy_weights, load_weights
@@ -66,6 +67,10 @@ class Startup:
             model_config = read_model_config(self._folder)
             placement = self._place(model_config)
             backend = choose_backend(config.attention_backend, model_config, placement)
+        processors: dict[str, LogitsProcessor] = {}
+        if config.logits_processors:
+            with self._phases.measure("load logits processors"):
+                processors = load_processors(config.logits_processors)
         with self._phases.measure("load weights"):
             model, weight_bytes = self._load(model_config, placement)
         self._check_stop()
@@ -79,7 +84,7 @@ class Startup:
             kv = KVTensors(model_config, num_blocks, config.block_size, placement)
             states = RequestStates(self._limits(model_config, num_blocks), placement.device)
             graphs = choose_graphs(model, backend, kv, states)
-            runner = ModelRunner(model, backend, kv, states, graphs)
+            runner = ModelRunner(model, backend, kv, states, graphs, processors)
         self._check_stop()
         with self._phases.measure("warm up"):
             rehearse(runner, states, kv, _WARM_UP)

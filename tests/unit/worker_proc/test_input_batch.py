@@ -30,7 +30,7 @@ class Steps:
 
     def __init__(self) -> None:
         self.states = RequestStates(LIMITS, torch.device("cpu"))
-        self.builder = InputBatchBuilder(self.states)
+        self.builder = InputBatchBuilder(self.states, {})
         self._step_id = 0
 
     def run(self, slots: list[int], lens: list[int], new: list[NewRequest] | None = None) -> InputBatch:
