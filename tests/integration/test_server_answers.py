@@ -1,4 +1,4 @@
-"""What the server answers, through all processes and over a real socket: limits, schemas, the cache."""
+"""What the server answers, through all processes and over a real socket: limits, schemas, log probabilities."""
 
 import json
 from collections.abc import Iterator
@@ -25,6 +25,20 @@ def http(daemon: Daemon) -> Iterator[httpx.Client]:
             yield client
     finally:
         server.close()
+
+
+def test_L17_echo_of_a_prompt_alone(http: httpx.Client) -> None:
+    body = {"prompt": "abcd", "echo": True, "max_tokens": 0, "logprobs": 1}
+    answer = http.post(COMP, json=body).json()
+    choice = answer["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == ("abcd", "length")
+    assert answer["usage"]["completion_tokens"] == 0
+    logprobs = choice["logprobs"]
+    assert logprobs["tokens"] == list("abcd")
+    assert logprobs["text_offset"] == [0, 1, 2, 3]
+    assert logprobs["token_logprobs"][0] is None
+    assert all(value < 0 for value in logprobs["token_logprobs"][1:])
+    assert logprobs["top_logprobs"][0] is None
 
 
 @pytest.mark.parametrize(
@@ -64,6 +78,24 @@ def test_structured_outputs_keep_to_what_was_asked(http: httpx.Client) -> None:
     answer = http.post(CHAT, json={"messages": HELLO, "response_format": wrapped, "max_tokens": 100}).json()
     if answer["choices"][0]["finish_reason"] == "stop":  # a model of random weights may write blanks up to the limit
         assert json.loads(answer["choices"][0]["message"]["content"])["a"] in (1, 2)
+
+
+def test_L15_streamed_log_probabilities_are_those_of_the_whole(http: httpx.Client) -> None:
+    body = {
+        "messages": HELLO,
+        "max_tokens": 8,
+        "temperature": 0,
+        "logprobs": True,
+        "top_logprobs": 2,
+        "ignore_eos": True,
+    }
+    whole = http.post(CHAT, json=body).json()["choices"][0]["logprobs"]["content"]
+    assert [len(entry["top_logprobs"]) for entry in whole] == [2] * 8
+    with http.stream("POST", CHAT, json=body | {"stream": True}) as response:
+        lines = [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: {")]
+    choices = [choice for line in lines for choice in json.loads(line)["choices"]]
+    streamed = [entry for choice in choices if choice["logprobs"] for entry in choice["logprobs"]["content"]]
+    assert [entry["token"] for entry in streamed] == [entry["token"] for entry in whole]
 
 
 def test_a_time_limit_ends_an_answer(http: httpx.Client) -> None:
