@@ -170,6 +170,17 @@ def share_metrics(folder: str) -> None:
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
 
 
+def use_cpu_kernels() -> bool:
+    """Whether the worker on a CPU may compile kernels of its own: not with $FOLOVLLM_CPU_KERNELS=torch.
+
+    Raises:
+        ConfigError: the variable is set to something else.
+    """
+    value = os.environ.get("FOLOVLLM_CPU_KERNELS", "auto")
+    check_choice("FOLOVLLM_CPU_KERNELS", value, ("auto", "torch"))
+    return value == "auto"
+
+
 def default_log_level() -> str:
     """Level used where none is given: $FOLOVLLM_LOG_LEVEL, else "warning" for libraries' sake."""
     return os.environ.get("FOLOVLLM_LOG_LEVEL", "warning")

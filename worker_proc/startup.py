@@ -26,6 +26,7 @@ from folovllm.worker_proc.device import (
     resolve_dtype,
     set_threads,
 )
+from folovllm.worker_proc.kernels.cpu.background import compile_in_background
 from folovllm.worker_proc.kv_size import check_fits, decide_num_blocks
 from folovllm.worker_proc.kv_tensors import KVTensors, bytes_per_block
 from folovllm.worker_proc.model_runner import ModelRunner
@@ -66,7 +67,7 @@ class Startup:
         with self._phases.measure("choose device, read config"):
             model_config = read_model_config(self._folder)
             placement = self._place(model_config)
-            backend = choose_backend(config.attention_backend, model_config, placement)
+            backend = choose_backend(config.attention_backend, model_config, placement, config.block_size)
         processors: dict[str, LogitsProcessor] = {}
         if config.logits_processors:
             with self._phases.measure("load logits processors"):
@@ -170,7 +171,7 @@ class Startup:
         return peak
 
 
-def choose_backend(name: str, model_config: ModelConfig, placement: Placement) -> AttentionBackend:
+def choose_backend(name: str, model_config: ModelConfig, placement: Placement, block_size: int) -> AttentionBackend:
     """The attention backend of that name; "auto" takes the fastest there is.
 
     Raises:
@@ -188,7 +189,7 @@ def choose_backend(name: str, model_config: ModelConfig, placement: Placement) -
         return TritonPagedBackend(heads, placement)
     if name == "auto":
         logger.info("attention backend: paged, the fastest there is on %s", placement.device.type)
-    return PagedBackend(model_config.num_attention_heads)
+    return PagedBackend(model_config.num_attention_heads, compile_in_background(model_config, block_size, placement))
 
 
 def choose_graphs(model: CausalLM, backend: AttentionBackend, kv: KVTensors, states: RequestStates) -> StepGraphs:

@@ -1,0 +1,70 @@
+"""Where a kernel is compiled, and where torch's operators do the work; the backend gives the same either way."""
+
+import msgspec
+import pytest
+import torch
+
+from folovllm.common.errors import ConfigError
+from folovllm.common.model_config import ModelConfig, read_model_config
+from folovllm.worker_proc.attention.backend import AttentionMetadata
+from folovllm.worker_proc.attention.paged import PagedBackend
+from folovllm.worker_proc.device import Placement
+from folovllm.worker_proc.kernels.cpu.background import compile_in_background
+from folovllm.worker_proc.kv_tensors import KVTensors
+from tests.fakes.tiny_models import make_model
+
+pytest.importorskip("llvmlite", reason="kernels for the CPU are compiled by llvmlite")
+
+BFLOAT16 = Placement(torch.device("cpu"), torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    tiny = read_model_config(make_model(tmp_path_factory.mktemp("model") / "tiny", "qwen3"))
+    return msgspec.structs.replace(tiny, head_dim=64)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_kernel_for_sixteen_bits(config: ModelConfig, dtype: torch.dtype) -> None:
+    kernel = compile_in_background(config, 16, Placement(torch.device("cpu"), dtype))()
+    assert kernel is not None
+    assert kernel.shape.head_dim == 64
+
+
+def test_none_for_float32_or_shapes_without_one(config: ModelConfig) -> None:
+    assert compile_in_background(config, 16, Placement(torch.device("cpu"), torch.float32))() is None
+    assert compile_in_background(config, 8, BFLOAT16)() is None
+
+
+def test_none_if_the_user_says_so(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOLOVLLM_CPU_KERNELS", "torch")
+    assert compile_in_background(config, 16, BFLOAT16)() is None
+    monkeypatch.setenv("FOLOVLLM_CPU_KERNELS", "fast")
+    with pytest.raises(ConfigError, match="FOLOVLLM_CPU_KERNELS='fast'"):
+        compile_in_background(config, 16, BFLOAT16)
+
+
+def test_the_backend_gives_the_same_with_it_and_without(config: ModelConfig) -> None:
+    torch.manual_seed(0)
+    kernel = compile_in_background(config, 16, BFLOAT16)
+    heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    lens, chunk = [1, 16, 40], 5
+    total = len(lens) + chunk
+    table = torch.arange(1, 17).view(4, 4)
+    seq_lens = [*lens, 21]
+    positions = [length - 1 for length in lens] + list(range(21 - chunk, 21))
+    rows = [0, 1, 2] + [3] * chunk
+    mapping = [int(table[row, at // 16]) * 16 + at % 16 for row, at in zip(rows, positions, strict=True)]
+    metadata = AttentionMetadata([1, 1, 1, chunk], seq_lens, 3, table, torch.tensor(mapping), torch.tensor(seq_lens))
+    query = torch.randn(total, heads, dim, dtype=torch.bfloat16)
+    new = torch.randn(total, 2 * kv_heads, dim, dtype=torch.bfloat16)
+    outputs = []
+    for backend in (PagedBackend(heads), PagedBackend(heads, kernel)):
+        kv = KVTensors(config, 20, 16, BFLOAT16)
+        torch.manual_seed(1)
+        kv.data[:, :, :, 1:] = torch.randn_like(kv.data[:, :, :, 1:])
+        outputs.append(backend.begin_step(kv, metadata).attend(0, query, new).float())
+        decodes = AttentionMetadata([1, 1, 1], lens, 3, table[:3], torch.tensor(mapping[:3]), torch.tensor(lens))
+        outputs.append(backend.begin_step(kv, decodes).attend(0, query[:3], new[:3]).float())
+    for without, with_kernel in zip(outputs[:2], outputs[2:], strict=True):
+        assert (without - with_kernel).norm() / without.norm() < 1e-2

@@ -1,0 +1,296 @@
+"""Attention of one query token per request, straight from the paged blocks. Reference: `attention.paged` (torch).
+
+For each request and KV head: scores of the whole group of query heads, block by block, so that a key is read and
+widened once for all of them; then softmax; then the values, weighted, block by block. Query vectors and outputs stay in
+registers over a block. All sums are float32.
+
+Idea and bound: keys and values must be read once from memory, which bounds a layer of 16 requests × 200 tokens at 9/3
+heads of 64 by 100 µs (2.5 MB at 25 GB/s); gather and batched products in torch take 330.
+
+A block's tokens past the request's end may hold anything (a former owner's numbers): their scores are overwritten
+before they are looked at, and their values are never read.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from llvmlite import ir
+
+from folovllm.worker_proc.kernels.cpu.llvm import F32, I64, Compiled, Kernel, Sums
+from folovllm.worker_proc.kernels.cpu.team import Team
+
+_LANES: Final = 16  # scores of so many tokens are one vector
+_LOWEST: Final = -1e30
+_FLOAT_BYTES: Final = 4
+_ELEMENT_BYTES: Final = 2
+
+# What the compiled function is given: int64 numbers, addresses in bytes.
+(
+    _QUERY,
+    _OUTPUT,
+    _CACHE,
+    _HEAD_BYTES,
+    _TABLE,
+    _TABLE_WIDTH,
+    _LENGTHS,
+    _QUERY_STRIDE,
+    _RANGES,
+    _SCRATCH,
+    _SCRATCH_BYTES,
+    _SCORE_WIDTH,
+    _THREAD_NUM,
+) = range(13)
+_NUM_ARGUMENTS: Final = 13
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadShape:
+    """What a kernel is compiled for.
+
+    Attributes:
+        num_kv_heads: KV heads.
+        group: query heads of each.
+        head_dim: numbers of a head.
+        block_size: tokens in a block; a multiple of 16.
+        kind: "bfloat16" or "float16", as the cache is stored.
+    """
+
+    num_kv_heads: int
+    group: int
+    head_dim: int
+    block_size: int
+    kind: str
+
+    @property
+    def is_supported(self) -> bool:
+        """Whether there is a kernel of this shape: whole vectors of 16, and few enough for the registers."""
+        fits = self.group * self.head_dim <= 1024 and self.head_dim in (32, 64, 128, 256)
+        return fits and self.block_size % _LANES == 0 and self.kind in ("bfloat16", "float16")
+
+
+class DecodeAttention:
+    """The compiled kernel of a shape."""
+
+    def __init__(self, shape: HeadShape, team: Team) -> None:
+        self.shape = shape
+        self._team = team
+        self._code = Compiled(_build(shape))
+
+    def plan(self, block_table: torch.Tensor, seq_lens: Sequence[int], cache: torch.Tensor) -> "DecodePlan":
+        """What all layers of a step share.
+
+        Args:
+            block_table: int64 [R, W], rows contiguous.
+            seq_lens: [R] tokens of each request, the new one included.
+            cache: [2, num_kv_heads, num_blocks, block_size, head_dim], one layer's (all have the same shape).
+        """
+        return DecodePlan(self.shape, self._team, self._code.address, block_table, seq_lens, cache)
+
+
+class DecodePlan:
+    """One step's requests, divided among the threads."""
+
+    def __init__(
+        self,
+        shape: HeadShape,
+        team: Team,
+        function: int,
+        block_table: torch.Tensor,
+        seq_lens: Sequence[int],
+        cache: torch.Tensor,
+    ) -> None:
+        self._shape, self._team, self._function = shape, team, function
+        self._table = block_table
+        self._lengths: npt.NDArray[np.int64] = np.array(seq_lens, np.int64)
+        self._ranges = _divide(self._lengths, shape.num_kv_heads, team.num_threads)
+        width = -(-int(self._lengths.max()) // shape.block_size) * shape.block_size
+        per_thread = shape.group * (width + 2 * shape.head_dim)
+        self._scratch = torch.empty(team.num_threads, per_thread, dtype=torch.float32)
+        arguments = np.zeros(_NUM_ARGUMENTS, np.int64)
+        arguments[_HEAD_BYTES] = cache.stride(1) * _ELEMENT_BYTES
+        arguments[_TABLE], arguments[_TABLE_WIDTH] = block_table.data_ptr(), block_table.stride(0)
+        arguments[_LENGTHS], arguments[_RANGES] = self._lengths.ctypes.data, self._ranges.ctypes.data
+        arguments[_SCRATCH], arguments[_SCRATCH_BYTES] = self._scratch.data_ptr(), per_thread * _FLOAT_BYTES
+        arguments[_SCORE_WIDTH], arguments[_THREAD_NUM] = width, team.thread_num_address
+        self._arguments = arguments
+        self._address = arguments.ctypes.data
+
+    def attend(self, query: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
+        """[R, Hq, D] (each row contiguous) and one layer's cache → [R, Hq · D]."""
+        shape = self._shape
+        output = query.new_empty(query.shape[0], shape.num_kv_heads * shape.group * shape.head_dim)
+        if query.stride(2) != 1 or query.stride(1) != shape.head_dim:
+            query = query.contiguous()
+        arguments = self._arguments
+        arguments[_QUERY], arguments[_QUERY_STRIDE] = query.data_ptr(), query.stride(0)
+        arguments[_OUTPUT], arguments[_CACHE] = output.data_ptr(), cache.data_ptr()
+        self._team.run(self._function, self._address)
+        return output
+
+
+def _divide(lengths: npt.NDArray[np.int64], num_kv_heads: int, num_threads: int) -> npt.NDArray[np.int64]:
+    """Borders of each thread's part of (request, KV head) pairs in order, about as many tokens in each."""
+    ends = np.cumsum(np.repeat(lengths, num_kv_heads))
+    borders = np.searchsorted(ends, ends[-1] * np.arange(1, num_threads) / num_threads)
+    return np.concatenate([[0], borders, [len(ends)]]).astype(np.int64)
+
+
+def _build(shape: HeadShape) -> Kernel:
+    kernel = Kernel("decode_attention")
+    thread = kernel.call_int(kernel.argument(_THREAD_NUM))
+    ranges = kernel.argument(_RANGES)
+    first = kernel.load(ranges, thread, I64)
+    last = kernel.load(ranges, kernel.sum(thread, kernel.integer(1)), I64)
+    scratch = kernel.sum(kernel.argument(_SCRATCH), kernel.product(thread, kernel.argument(_SCRATCH_BYTES)))
+    with kernel.loop(first, last) as pair:
+        _Pair(kernel, shape, pair, scratch).emit()
+    return kernel
+
+
+class _Pair:
+    """The code for one request and KV head."""
+
+    def __init__(self, kernel: Kernel, shape: HeadShape, pair: Any, scratch: Any) -> None:
+        self.k, self.shape = kernel, shape
+        heads = kernel.integer(shape.num_kv_heads)
+        self.request = kernel.builder.sdiv(pair, heads)
+        self.head = kernel.builder.srem(pair, heads)
+        size = shape.group * shape.head_dim * _FLOAT_BYTES
+        self.query, self.output = scratch, kernel.sum(scratch, kernel.integer(size))
+        self.scores = kernel.sum(scratch, kernel.integer(2 * size))
+        self.width = kernel.argument(_SCORE_WIDTH)
+        self.length = kernel.load(kernel.argument(_LENGTHS), self.request, I64)
+        block = kernel.integer(shape.block_size)
+        self.num_full = kernel.builder.sdiv(self.length, block)
+        self.num_blocks = kernel.builder.sdiv(kernel.sum(self.length, kernel.integer(shape.block_size - 1)), block)
+        head_bytes = kernel.argument(_HEAD_BYTES)
+        self.keys = kernel.sum(kernel.argument(_CACHE), kernel.product(self.head, head_bytes))
+        self.values = kernel.sum(self.keys, kernel.product(heads, head_bytes))
+        self.row = kernel.product(self.request, kernel.argument(_TABLE_WIDTH))
+
+    def emit(self) -> None:
+        self._read_query()
+        with self.k.loop(self.k.integer(0), self.num_blocks) as block:
+            self._score_block(block)
+        for group in range(self.shape.group):
+            self._softmax(group)
+        with self.k.loop(self.k.integer(0), self.num_full) as block:
+            base, first = self._block_base(block), self.k.product(block, self.k.integer(self.shape.block_size))
+            with self.k.loop(self.k.integer(0), self.k.integer(self.shape.block_size // _LANES)) as part:
+                start = self.k.product(part, self.k.integer(_LANES))
+                self._add_values(base, first, start, _LANES)
+        with self.k.loop(self.num_full, self.num_blocks) as block:  # once at most
+            base, first = self._block_base(block), self.k.product(block, self.k.integer(self.shape.block_size))
+            with self.k.loop(self.k.integer(0), self.k.builder.sub(self.length, first)) as token:
+                self._add_values(base, first, token, 1)
+        self._write_output()
+
+    def _read_query(self) -> None:
+        """The group's query vectors as float32, divided by sqrt(head_dim); outputs begin at 0."""
+        k, dim = self.k, self.shape.head_dim
+        start = k.sum(
+            k.product(self.request, k.argument(_QUERY_STRIDE)), k.product(self.head, k.integer(self._group_size))
+        )
+        for group in range(self.shape.group):
+            vector = k.load_floats(k.argument(_QUERY), k.sum(start, k.integer(group * dim)), dim, self.shape.kind)
+            scaled = k.times(vector, k.constant(1 / math.sqrt(dim), dim))
+            k.store(scaled, self.query, k.integer(group * dim), F32, dim)
+            k.store(k.constant(0.0, dim), self.output, k.integer(group * dim), F32, dim)
+
+    @property
+    def _group_size(self) -> int:
+        return self.shape.group * self.shape.head_dim
+
+    def _block_base(self, block: Any) -> Any:
+        """First element of a block among those of its head."""
+        entry = self.k.load(self.k.argument(_TABLE), self.k.sum(self.row, block), I64)
+        return self.k.product(entry, self.k.integer(self.shape.block_size * self.shape.head_dim))
+
+    def _score_block(self, block: Any) -> None:
+        k, dim, group = self.k, self.shape.head_dim, self.shape.group
+        base, first = self._block_base(block), k.product(block, k.integer(self.shape.block_size))
+        with k.loop(k.integer(0), k.integer(self.shape.block_size // _LANES)) as part:
+            start = k.product(part, k.integer(_LANES))
+            queries = [k.load(self.query, k.integer(each * dim), F32, dim) for each in range(group)]
+            sums = [Sums(k, _LANES) for _ in range(group)]
+            for token in range(_LANES):
+                place = k.product(k.sum(start, k.integer(token)), k.integer(dim))
+                key = k.load_floats(self.keys, k.sum(base, place), dim, self.shape.kind)
+                for each in range(group):
+                    sums[each].add(k.folded(k.times(queries[each], key), dim, _LANES))
+            for each in range(group):
+                k.store(sums[each].result(), self.scores, k.sum(self._scores_of(each), first, start), F32, _LANES)
+
+    def _scores_of(self, group: int) -> Any:
+        return self.k.product(self.width, self.k.integer(group))
+
+    def _softmax(self, group: int) -> None:
+        """Weights that add up to 1, in place of the scores; 0 or nearly so past the end."""
+        k = self.k
+        start = self._scores_of(group)
+        padded = k.product(self.num_blocks, k.integer(self.shape.block_size))
+        with k.loop(self.length, padded) as token:
+            k.store(_number(_LOWEST), self.scores, k.sum(start, token), F32)
+        num_parts = k.builder.sdiv(padded, k.integer(_LANES))
+        largest = self._accumulate(k.constant(_LOWEST, _LANES), num_parts, start, self._larger)
+        peak = k.spread(k.largest(largest, _LANES), _LANES)
+        total = self._accumulate(
+            k.constant(0.0, _LANES),
+            num_parts,
+            start,
+            lambda so_far, score, place: self._weigh(so_far, score, place, peak),
+        )
+        inverse = k.builder.fdiv(_number(1.0), k.total(total, _LANES))
+        with k.loop(k.integer(0), num_parts) as part:
+            place = k.sum(start, k.product(part, k.integer(_LANES)))
+            weight = k.times(k.load(self.scores, place, F32, _LANES), k.spread(inverse, _LANES))
+            k.store(weight, self.scores, place, F32, _LANES)
+
+    def _larger(self, so_far: Any, score: Any, _place: Any) -> Any:
+        return self.k.larger(score, so_far)
+
+    def _weigh(self, so_far: Any, score: Any, place: Any, peak: Any) -> Any:
+        weight = self.k.exp(self.k.builder.fsub(score, peak), _LANES)
+        self.k.store(weight, self.scores, place, F32, _LANES)
+        return self.k.plus(so_far, weight)
+
+    def _accumulate(self, initial: Any, num_parts: Any, start: Any, step: Any) -> Any:
+        """`step(so far, 16 scores, their place)` over all scores; what is carried lies in a stack slot."""
+        k = self.k
+        with k.builder.goto_entry_block():
+            slot = k.builder.alloca(initial.type)
+        k.builder.store(initial, slot)
+        with k.loop(k.integer(0), num_parts) as part:
+            place = k.sum(start, k.product(part, k.integer(_LANES)))
+            k.builder.store(step(k.builder.load(slot), k.load(self.scores, place, F32, _LANES), place), slot)
+        return k.builder.load(slot)
+
+    def _add_values(self, base: Any, first: Any, start: Any, count: int) -> None:
+        """Adds `count` weighted values to the outputs, which are read and written once."""
+        k, dim, group = self.k, self.shape.head_dim, self.shape.group
+        outputs = [k.load(self.output, k.integer(each * dim), F32, dim) for each in range(group)]
+        for token in range(count):
+            place = k.sum(start, k.integer(token))
+            value = k.load_floats(self.values, k.sum(base, k.product(place, k.integer(dim))), dim, self.shape.kind)
+            for each in range(group):
+                weight = k.load(self.scores, k.sum(self._scores_of(each), first, place), F32)
+                outputs[each] = k.plus(outputs[each], k.times(k.spread(weight, dim), value))
+        for each in range(group):
+            k.store(outputs[each], self.output, k.integer(each * dim), F32, dim)
+
+    def _write_output(self) -> None:
+        k, dim = self.k, self.shape.head_dim
+        width = self.shape.num_kv_heads * self._group_size
+        start = k.sum(k.product(self.request, k.integer(width)), k.product(self.head, k.integer(self._group_size)))
+        for group in range(self.shape.group):
+            vector = k.load(self.output, k.integer(group * dim), F32, dim)
+            k.store_floats(vector, k.argument(_OUTPUT), k.sum(start, k.integer(group * dim)), dim, self.shape.kind)
+
+
+def _number(value: float) -> Any:
+    return ir.Constant(F32, value)
