@@ -37,6 +37,7 @@ from folovllm.common.messages.lifecycle import (
     WorkerReady,
 )
 from folovllm.common.transport import Decoder, connect, encode, new_socket
+from tests.fakes.simulated_grammar import masked
 
 SCRIPT_NAME = "fake_worker.json"
 VOCAB_SIZE = 1000
@@ -108,9 +109,13 @@ class FakeModel:
         assert len(set(slots)) == len(slots), "a slot is scheduled once"
         counts = ints(step.num_scheduled_tokens)
         counts = [1] * (len(slots) - len(counts)) + counts
+        masks = _masks(step)
         sampled = [
-            token for slot, count in zip(slots, counts, strict=True) if (token := self._compute(slot, count)) >= 0
+            token
+            for slot, count in zip(slots, counts, strict=True)
+            if (token := self._compute(slot, count, masks.pop(slot, None))) >= 0
         ]
+        assert not masks, "a mask for a slot that does not sample"
         return ModelRunnerOutput(step.step_id, int32_bytes(sampled))
 
     def _apply(self, step: SchedulerOutput) -> None:
@@ -123,7 +128,7 @@ class FakeModel:
             for offset in range(self._block_size):
                 self._cache[destination, offset] = self._cache.get((source, offset), -1)
 
-    def _compute(self, slot: int, count: int) -> int:
+    def _compute(self, slot: int, count: int, mask: bytes | None) -> int:
         """Writes the tokens into the cache; returns the sampled token, -1 where more of the prompt is to come."""
         row = self._rows[slot]
         end = row.num_computed + count
@@ -135,13 +140,21 @@ class FakeModel:
             return -1
         cached = [self._cache.get(self._place(row, position), -1) for position in range(end)]
         assert cached == row.tokens, f"slot {slot}: its blocks hold {cached}, its tokens are {row.tokens}"
-        row.tokens.append(next_token(row.tokens, row.sampling))
+        token_id = next_token(row.tokens, row.sampling)
+        row.tokens.append(token_id if mask is None else masked(token_id, mask))
         return row.tokens[-1]
 
     def _place(self, row: _Row, position: int) -> tuple[int, int]:
         block = row.block_ids[position // self._block_size]
         assert block > 0, "block 0 is never handed out"
         return block, position % self._block_size
+
+
+def _masks(step: SchedulerOutput) -> dict[int, bytes]:
+    """slot → its token mask."""
+    slots, size = ints(step.masked_slots), -(-VOCAB_SIZE // 32) * 4
+    assert len(step.token_masks) == len(slots) * size
+    return {slot: step.token_masks[row * size : (row + 1) * size] for row, slot in enumerate(slots)}
 
 
 class FastModel:

@@ -56,7 +56,7 @@ def write_model_folder(
 
 def write_tokenizer(folder: pathlib.Path) -> None:
     """Adds the tokenizer to a folder: bytes, three special tokens and a chat template."""
-    backend = byte_level_backend(_byte_vocabulary())
+    backend = byte_level_backend(byte_vocabulary())
     specials = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
     backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in specials])
     backend.save(str(folder / "tokenizer.json"))
@@ -64,7 +64,7 @@ def write_tokenizer(folder: pathlib.Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
 
 
-def _byte_vocabulary() -> dict[str, int]:
+def byte_vocabulary() -> dict[str, int]:
     """GPT-2's spelling of each byte → the byte's value."""
     spelling = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     vocabulary = {}

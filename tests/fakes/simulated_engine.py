@@ -97,7 +97,7 @@ class SimulatedEngine:
                 cache_salt=options.get("cache_salt", ""),
                 skip_reading_prefix_cache=options.get("skip_reading_prefix_cache", False),
             )
-            if "grammar" in options:  # "at once" or "late"
+            if options.get("grammar"):  # "at once" or "late"
                 request.grammar = SimulatedGrammar(VOCABULARY, is_late=options["grammar"] == "late")
             self.scheduler.add_request(request)
             self.scheduler.check_invariants()

@@ -37,4 +37,4 @@ def fitting(token_id: int, index: int) -> int:
 def masked(token_id: int, mask: bytes) -> int:
     """What a worker that wants `token_id` samples under a mask: the nearest allowed one that is not above it."""
     allowed = np.flatnonzero(np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little"))
-    return int(allowed[max(np.searchsorted(allowed, token_id, side="right") - 1, 0)])
+    return int(allowed[max(int(np.searchsorted(allowed, token_id, side="right")) - 1, 0)])

@@ -71,6 +71,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         skip_reading=st.sampled_from([False, False, True]),
         logprobs=st.sampled_from([None, None, 0, 2]),
         prompt_logprobs=st.sampled_from([None, None, None, 1]),
+        grammar=st.sampled_from([None, None, "at once"]),
     )
     def add(
         self,
@@ -85,6 +86,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         skip_reading: bool,
         logprobs: int | None,
         prompt_logprobs: int | None,
+        grammar: str | None,
     ) -> None:
         engine = self.engine
         try:
@@ -101,6 +103,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 skip_reading_prefix_cache=skip_reading,
                 logprobs=logprobs,
                 prompt_logprobs=prompt_logprobs,
+                grammar=grammar,
             )
         except RequestError:
             assert len(prompt) > engine.manager.capacity_tokens
