@@ -247,14 +247,14 @@ def _options_of(struct: StructClass) -> Iterator[str]:
 
 def environment_rows() -> list[list[str]]:
     """The variables that `common/config.py` names, with the docstrings of the functions that read them."""
-    rows = []
+    rows: dict[str, str] = {}
     for function in ast.parse(inspect.getsource(config)).body:
         for node in ast.walk(function) if isinstance(function, ast.FunctionDef) else ():
             if isinstance(node, ast.Constant) and re.fullmatch(r"FOLOVLLM_\w+", str(node.value)):
                 assert isinstance(function, ast.FunctionDef), "the loop goes over functions only"
                 doc = parse_docstring(ast.get_docstring(function) or "")
-                rows.append([f"`{node.value!s}`", _text(" ".join(doc.paragraphs))])
-    return rows
+                rows[f"`{node.value!s}`"] = _text(" ".join(doc.paragraphs))
+    return [list(row) for row in rows.items()]
 
 
 # Command line

@@ -158,6 +158,7 @@ def test_every_option_is_on_its_page() -> None:
     assert [row[0] for row in generate.environment_rows()] == [
         "`FOLOVLLM_CACHE`",
         "`FOLOVLLM_API_KEYS`",
+        "`FOLOVLLM_CPU_KERNELS`",
         "`FOLOVLLM_LOG_LEVEL`",
     ]
 
