@@ -75,6 +75,7 @@ class Arrived(_Record, frozen=True, tag="arrived"):
         max_tokens, priority, stream, cache_salt, skip_reading_prefix_cache: as in EngineCoreRequest.
         parent: the first of the answers to the same prompt, None for that one itself.
         sample_index: which of these answers it is.
+        has_grammar: whether its text is held to a grammar: then it waits for masks, at moments that no rule gives.
     """
 
     time_s: float
@@ -91,6 +92,7 @@ class Arrived(_Record, frozen=True, tag="arrived"):
     skip_reading_prefix_cache: bool = False
     parent: int | None = None
     sample_index: int = 0
+    has_grammar: bool = False
 
 
 class Admitted(_Record, frozen=True):

@@ -53,6 +53,15 @@ class _Memory:
         return records
 
 
+class _Grammar:
+    """Has a mask whenever the recorded request had one."""
+
+    mask: bytes | None = b""
+
+    def advance(self, _token_id: int) -> None:
+        self.mask = None
+
+
 class Replay:
     """One run, made again record by record."""
 
@@ -73,6 +82,8 @@ class Replay:
         self._memory = _Memory()
         self._recorder = TraceRecorder(self._scheduler, pool, self._memory)
         self._requests: dict[int, Request] = {}
+        self._grammars: dict[int, _Grammar] = {}  # by the requests' numbers
+        self._slots: set[int] = set()  # of the recorded step
 
     def apply(self, record: TraceRecord) -> str:
         """Goes through the door that the record tells of; says what came out differently, "" if nothing did."""
@@ -88,6 +99,7 @@ class Replay:
             case Arrived():
                 self._add(record)
             case Scheduled():
+                self._fill_masks(record)
                 self._recorder.scheduled(self._scheduler.schedule(record.time_s), record.time_s)
             case Resulted():
                 output = ModelRunnerOutput(record.step_id, record.token_ids, record.no_token_rows, record.error)
@@ -101,6 +113,15 @@ class Replay:
             case CacheReset():
                 self._scheduler.reset_prefix_cache()
                 self._recorder.cache_reset(record.time_s)
+
+    def _fill_masks(self, record: Scheduled) -> None:
+        """Whoever was in the step had its mask. One that waits has it too: there it is seldom missing."""
+        if record.slots is not None:
+            self._slots = set(np.frombuffer(record.slots, "<i4").tolist())
+        for number, grammar in self._grammars.items():
+            slot = self._requests[number].slot
+            is_in_step = record.step_id < 0 or slot is None or slot in self._slots
+            grammar.mask = b"" if is_in_step else None
 
     def _add(self, record: Arrived) -> None:
         parent = None if record.parent is None else self._requests[record.parent]
@@ -120,6 +141,8 @@ class Replay:
             cache_salt=record.cache_salt,
             skip_reading_prefix_cache=record.skip_reading_prefix_cache,
         )
+        if record.has_grammar:
+            request.grammar = self._grammars[record.request] = _Grammar()
         self._scheduler.add_request(request)
         self._requests[record.request] = request
         self._recorder.added(request, record.time_s)

@@ -152,6 +152,7 @@ class TraceRecorder:
                 skip_reading_prefix_cache=request.skip_reading_prefix_cache,
                 parent=None if parent is None else parent.arrival_order,
                 sample_index=request.sample_index,
+                has_grammar=request.grammar is not None,
             )
         )
 
