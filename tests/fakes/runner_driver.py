@@ -21,6 +21,7 @@ from folovllm.worker_proc.model_runner import ModelRunner
 from folovllm.worker_proc.models.registry import CausalLM, build_model
 from folovllm.worker_proc.output_thread import PendingOutput
 from folovllm.worker_proc.request_states import RequestStates
+from folovllm.worker_proc.sample.processors import LogitsProcessor
 from folovllm.worker_proc.step_arrays import StepLimits
 from folovllm.worker_proc.weights import load_weights
 from tests.fakes.fake_core import int32, ints, new_request
@@ -42,6 +43,7 @@ def make_runner(
     *,
     backend: AttentionBackend | None = None,
     num_valid_token_ids: int | None = None,
+    processors: Mapping[str, LogitsProcessor] | None = None,
 ) -> ModelRunner:
     """A runner with an empty cache and empty rows; the model may be shared, it has no state."""
     config = read_model_config(folder)
@@ -49,7 +51,8 @@ def make_runner(
     if num_valid_token_ids is not None:
         limits = dataclasses.replace(limits, num_valid_token_ids=num_valid_token_ids)
     states = RequestStates(limits, CPU_FLOAT32.device)
-    return ModelRunner(model, backend or PagedBackend(config.num_attention_heads), kv, states)
+    attention = backend or PagedBackend(config.num_attention_heads)
+    return ModelRunner(model, attention, kv, states, processors=processors)
 
 
 @dataclasses.dataclass

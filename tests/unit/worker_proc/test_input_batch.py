@@ -8,6 +8,7 @@ from folovllm.common.messages.core_worker import NewRequest, SamplingRow, Schedu
 from folovllm.worker_proc.input_batch import InputBatch, InputBatchBuilder
 from folovllm.worker_proc.request_states import RequestStates
 from folovllm.worker_proc.sample.constraints import MinTokens
+from folovllm.worker_proc.sample.logprobs import PromptPart
 from folovllm.worker_proc.step_arrays import StepLimits
 from tests.fakes.fake_core import int32, new_request
 
@@ -198,3 +199,39 @@ def test_random_mixes_are_as_counted_one_by_one(steps: Steps) -> None:
         ends = np.cumsum([lens[slot] for slot in order])
         last = [float(end - 1) for end, slot in zip(ends, order, strict=True) if lens[slot] == known[slot]]
         assert batch.sampling_rows(torch.arange(float(len(flat)))[:, None]).flatten().tolist() == last
+
+
+def test_rows_filled_in_a_step_that_was_computed_elsewhere_make_a_new_index(steps: Steps) -> None:
+    """A captured step is replayed without this builder, and brings a request of other parameters into the same slot."""
+    steps.run([2], [], [new_request(2, [9], [30], SamplingRow(temperature=1.0, seed=1))])
+    before = steps.run([2], [])
+    replayed = steps.states.apply(SchedulerOutput(9, int32([2]), b"", [new_request(2, [8], [31])]))
+    one = torch.tensor([1])
+    steps.states.advance(replayed, torch.tensor([2]), one, replayed.slots)
+    steps.states.record(torch.tensor([2]), one, one)
+    after = steps.run([2], [])
+    assert after.index is not before.index
+    assert after.sampling.plain_rows is None
+
+
+def test_prompt_parts_are_what_the_step_predicts_of_the_prompt(steps: Steps) -> None:
+    reports = SamplingRow(prompt_logprobs=2)
+    new = [
+        new_request(0, [1, 2, 3, 4, 5, 6, 7], [30, 31], reports),
+        new_request(1, [1, 2, 3, 4, 5], [40, 41], reports, num_prompt_tokens=3),
+        new_request(3, [5, 6], [50]),
+    ]
+    batch = steps.run([0, 1, 3], [3, 5, 2], new)
+    assert batch.prompt_parts == [
+        PromptPart(row=0, slot=0, start=1, count=3, first=0, k=2),
+        PromptPart(row=1, slot=1, start=1, count=2, first=3, k=2),
+    ]
+    (part,) = steps.run([1, 0], [3]).prompt_parts
+    assert part == PromptPart(row=1, slot=0, start=4, count=3, first=1, k=2)
+    assert steps.run([1, 0], []).prompt_parts == [], "its last token predicts the answer"
+
+
+def test_a_prompt_that_is_cached_reports_what_is_computed(steps: Steps) -> None:
+    cached = new_request(0, [1, 2, 3, 4, 5, 6, 7], [30, 31], SamplingRow(prompt_logprobs=0), num_computed_tokens=4)
+    (part,) = steps.run([0], [3], [cached]).prompt_parts
+    assert part == PromptPart(row=0, slot=0, start=5, count=2, first=0, k=0)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from folovllm.worker_proc.sample.random import uniform
 from folovllm.worker_proc.sample.sampler import SamplingTensors, has_filter, is_greedy, sample, split_rows
@@ -125,21 +126,51 @@ def test_ties_at_a_boundary_keep_the_lowest_ids() -> None:
     assert set(draw(logits, *nucleus)) == {0, 1, 1000}
 
 
-def test_frequencies_follow_the_filtered_distribution() -> None:
-    probabilities = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
-    count = 20_000
-    logits = probabilities.log().expand(count, 5)
-    cases = [
-        (Row(), [0.1, 0.4, 0.05, 0.3, 0.15]),
-        (Row(top_k=2), [0, 4 / 7, 0, 3 / 7, 0]),
-        (Row(top_p=0.8), [0, 0.4 / 0.85, 0, 0.3 / 0.85, 0.15 / 0.85]),
-        (Row(min_p=0.3), [0, 0.4 / 0.85, 0, 0.3 / 0.85, 0.15 / 0.85]),
-        (Row(temperature=0.5), [0.01 / 0.285, 0.16 / 0.285, 0.0025 / 0.285, 0.09 / 0.285, 0.0225 / 0.285]),
-    ]
-    for row, expected in cases:
-        tokens = torch.tensor(draw(logits, *[row._replace(position=position) for position in range(count)]))
-        found = torch.bincount(tokens, minlength=5) / count
-        torch.testing.assert_close(found, torch.tensor(expected), atol=0.015, rtol=0)
+def distribution(logits: torch.Tensor, row: Row) -> torch.Tensor:
+    """Probabilities [V] in float64 that transformers draws from."""
+    warpers = [TemperatureLogitsWarper(row.temperature)]
+    warpers += [TopKLogitsWarper(row.top_k)] if row.top_k else []
+    warpers += [TopPLogitsWarper(row.top_p)] if row.top_p < 1 else []
+    warpers += [MinPLogitsWarper(row.min_p)] if row.min_p else []
+    scores = logits.double()[None]
+    for warper in warpers:
+        scores = warper(torch.zeros(1, 1, dtype=torch.int64), scores)
+    return scores[0].softmax(-1)
+
+
+def chi_square_bound(degrees: int) -> float:
+    """What the statistic exceeds once in 1,000 times if all is right (Wilson and Hilferty's approximation)."""
+    spread = 2 / (9 * degrees)
+    return float(degrees * (1 - spread + 3.09 * math.sqrt(spread)) ** 3)
+
+
+@pytest.mark.parametrize("varied", ["position", "seed", "sample_index"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        Row(),
+        Row(temperature=0.6),
+        Row(temperature=1.7),
+        Row(top_k=10),
+        Row(top_p=0.8),
+        Row(min_p=0.1),
+        Row(temperature=1.3, top_k=30, top_p=0.9, min_p=0.02),
+    ],
+)
+def test_L09_draws_follow_the_distribution_that_transformers_draws_from(row: Row, varied: str) -> None:
+    """20,000 draws, each from a number of its own, and of one request, seed or answer after another."""
+    count, num_columns = 20_000, 60
+    logits = torch.randn(num_columns, generator=torch.Generator().manual_seed(8)) * 1.5
+    rows = [row._replace(**{varied: number}) for number in range(count)]
+    found = torch.bincount(torch.tensor(draw(logits.expand(count, num_columns), *rows)), minlength=num_columns)
+    expected = distribution(logits, row) * count
+    assert not found[expected == 0].any(), "a filtered token was drawn"
+    common = expected >= 5
+    # Rarer tokens are counted together.
+    rare_found, rare = float(found[~common].sum()), float(expected[~common].sum())
+    statistic = float(((found[common] - expected[common]) ** 2 / expected[common]).sum())
+    statistic += (rare_found - rare) ** 2 / rare if rare >= 5 else 0.0
+    assert statistic < chi_square_bound(int(common.sum()) - 1 + (rare >= 5))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 5e-324, 1e-30, 9e-6])
