@@ -289,7 +289,7 @@ class LLM:
                     ended, to_abort = self._open.outputs.process(message, time.monotonic())
                     self._open.client.abort(to_abort)
                     finished += ended
-                else:
+                elif isinstance(message, EngineStats):
                     self._stats[message.ticket] = message
             return finished
         except EngineDeadError as error:

@@ -18,7 +18,16 @@ from folovllm.common.log import get_logger
 from folovllm.frontend.async_llm import AsyncLLM
 from folovllm.frontend.server.context import ServerContext, request_id_of
 from folovllm.frontend.server.endpoint import Endpoint
-from folovllm.frontend.server.endpoints import chat, completions, messages, models, operations, responses
+from folovllm.frontend.server.endpoints import (
+    chat,
+    completions,
+    inspector,
+    messages,
+    models,
+    operations,
+    page,
+    responses,
+)
 from folovllm.frontend.server.endpoints.documentation import documentation
 from folovllm.frontend.server.errors import ApiError, error_response, to_api_error
 from folovllm.frontend.server.gate import Gate
@@ -27,7 +36,7 @@ from folovllm.frontend.server.options import ServerOptions
 logger = get_logger(__name__)
 
 _CLIENT_LEFT = 499  # nginx's number; nobody reads it but the log line and the metrics
-_ENDPOINT_MODULES = (operations, models, chat, completions, messages, responses)
+_ENDPOINT_MODULES = (operations, models, chat, completions, messages, responses, inspector)
 
 
 def build_app(llm: AsyncLLM, options: ServerOptions, *, more_routes: Sequence[BaseRoute] = ()) -> Starlette:
@@ -43,7 +52,7 @@ def build_app(llm: AsyncLLM, options: ServerOptions, *, more_routes: Sequence[Ba
     """
     context = ServerContext(llm, options)
     endpoints = [endpoint for module in _ENDPOINT_MODULES for endpoint in module.endpoints(context)]
-    endpoints += documentation(endpoints, context)
+    endpoints += [*documentation(endpoints, context), *page.endpoints()]
     app = Starlette(
         routes=[*map(_route, endpoints), *more_routes],
         middleware=_middleware(context),

@@ -16,10 +16,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from folovllm.common.log import get_logger
 from folovllm.frontend.server.errors import ApiError, error_response
 from folovllm.frontend.server.metrics import ServerMetrics
+from folovllm.frontend.server.page_files import PAGE_PATHS
 
 logger = get_logger(__name__)
 
-OPEN_PATHS = frozenset({"/health", "/ready"})
+OPEN_PATHS = frozenset({"/health", "/ready", *PAGE_PATHS})  # the page is the same for everybody, and asks for a key
 
 _USABLE_ID = re.compile(r"[!-~]{1,128}")  # visible ASCII: nothing that breaks a log line or a header
 

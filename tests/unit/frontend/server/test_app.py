@@ -9,7 +9,10 @@ from starlette.routing import Route
 from folovllm.common.errors import ConfigError
 from folovllm.frontend.server.options import ServerOptions
 from tests.fakes.fake_core_for_frontend import FakeCore
-from tests.fakes.http_server import Served, run
+from tests.fakes.http_server import BASE_URL, Served, run
+from tests.sources import ROOT
+
+PAGE_FILES = sorted((ROOT / "frontend/server/page").iterdir())
 
 
 def test_models_and_version(core: FakeCore) -> None:
@@ -32,7 +35,10 @@ def test_the_models_folder_is_its_name_unless_one_is_given(core: FakeCore, model
     run(core.endpoint, scenario, served_model_names=())
 
 
-def test_L27_every_route_but_two_asks_for_a_key(core: FakeCore) -> None:
+OPEN = {"/health", "/ready", "/"} | {f"/page/{file.name}" for file in PAGE_FILES if file.name != "index.html"}
+
+
+def test_L27_every_route_but_a_few_asks_for_a_key(core: FakeCore) -> None:
     async def scenario(server: Served) -> None:
         paths = {route.path: route.methods or set() for route in server.app.routes if isinstance(route, Route)}
         assert len(paths) > 6
@@ -40,9 +46,18 @@ def test_L27_every_route_but_two_asks_for_a_key(core: FakeCore) -> None:
             for path, methods in paths.items():
                 for method in methods:
                     status = (await server.http.request(method, path, headers=headers)).status_code
-                    assert status == (200 if path in {"/health", "/ready"} else 401), (method, path)
-            for path in ("//v1/models", "/V1/models", "/nowhere", "/health/", "//health", "/metrics", "/docs", "/"):
-                assert (await server.http.get(path, headers=headers)).status_code == 401, path
+                    assert status == (200 if path in OPEN else 401), (method, path)
+            for path in (
+                "//v1/models",
+                "/V1/models",
+                "/nowhere",
+                "/health/",
+                "//health",
+                "/metrics",
+                "/docs",
+                "/page/x",
+            ):
+                assert (await server.http.get(BASE_URL + path, headers=headers)).status_code == 401, path
             assert (await server.http.options("/v1/models", headers=headers)).status_code == 401
         refused = await server.http.get("/v1/models")
         assert refused.headers["WWW-Authenticate"] == "Bearer"
