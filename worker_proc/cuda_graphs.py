@@ -4,9 +4,9 @@ Everything such a step needs is read from the persistent rows inside the graph (
 sampling parameters), and everything it makes is written back there, so that between two steps of the same requests the
 host says nothing to the device but "again". What the host decides is the graph: by the number of requests, rounded up
 to a bucket (rows of padding have slot -1: they read and write nothing), by the parts that long contexts are split into,
-and by whether anything is drawn at random.
+and by what sampling needs: nothing but the largest, drawing, or filters.
 
-A step whose requests ask for more than a temperature (filters, penalties, masks, log probabilities) is not taken: its
+A step whose requests ask for more than that (penalties, biases, masks, log probabilities) is not taken: its
 forward pass is captured all the same (`forward_graphs`), and the runner samples by torch's operators.
 
 Graphs are captured when they are first needed. Capturing runs the step once with nothing but padding (which compiles
@@ -29,7 +29,14 @@ from folovllm.worker_proc.attention.triton_paged import TritonPagedBackend
 from folovllm.worker_proc.forward_graphs import ForwardGraphs
 from folovllm.worker_proc.input_batch import InputBatch
 from folovllm.worker_proc.kernels.triton.decode_rows import gather_decode_inputs
-from folovllm.worker_proc.kernels.triton.sampling import SamplingRows, SamplingScratch, sample_decodes
+from folovllm.worker_proc.kernels.triton.sampling import (
+    DRAWN,
+    FILTERED,
+    GREEDY,
+    SamplingRows,
+    SamplingScratch,
+    sample_decodes,
+)
 from folovllm.worker_proc.kv_tensors import KVTensors
 from folovllm.worker_proc.models.registry import CausalLM
 from folovllm.worker_proc.output_thread import PendingOutput
@@ -50,7 +57,7 @@ class _Batch:
 
     key: bytes
     slots: Ids
-    all_greedy: bool
+    needs: int
     plain_from: Ids | None
 
 
@@ -103,7 +110,7 @@ class CudaGraphs:
         self._turn = 0
         self._pool = torch.cuda.graph_pool_handle()
         self._forward = ForwardGraphs(model, backend, kv, states, self._pool)
-        self._graphs: dict[tuple[int, int, int, bool], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, int, int, int], torch.cuda.CUDAGraph] = {}
         self._batch: _Batch | None = None
 
     def replay(self, step_id: int, arrays: StepArrays) -> PendingOutput | None:
@@ -121,7 +128,7 @@ class CudaGraphs:
         if batch.plain_from is not None and bool((seq_lens < batch.plain_from).any()):
             return None
         bucket = next(size for size in self._buckets if size >= num_rows)
-        key = (bucket, *self._backend.choose_parts(bucket, int(seq_lens.max())), batch.all_greedy)
+        key = (bucket, *self._backend.choose_parts(bucket, int(seq_lens.max())), batch.needs)
         graph = self._graphs.get(key)
         if graph is None:
             graph = self._capture(key)
@@ -146,11 +153,12 @@ class CudaGraphs:
         floats, integers = states.host_floats[slots], states.host_integers[slots]
         greedy = (floats[:, TEMPERATURE] < GREEDY_TEMPERATURE) | (integers[:, TOP_K] == 1)
         filtered = (integers[:, TOP_K] > 0) | (floats[:, TOP_P] < 1.0) | (floats[:, MIN_P] > 0.0)
-        if (filtered & ~greedy).any() or not states.is_plain[slots].all():
+        if not states.is_plain[slots].all():
             return None
+        needs = GREEDY if greedy.all() else FILTERED if (filtered & ~greedy).any() else DRAWN
         min_tokens = integers[:, MIN_TOKENS]
         plain_from = integers[:, NUM_PROMPT] + min_tokens if min_tokens.any() else None
-        return _Batch(arrays.key[0], slots, bool(greedy.all()), plain_from)
+        return _Batch(arrays.key[0], slots, needs, plain_from)
 
     def _upload(self, slots: Ids) -> None:
         """Tells the device who is in the batch: one copy."""
@@ -167,7 +175,7 @@ class CudaGraphs:
         event.record()
         return GraphResult(step_id, event, host.numpy()[:num_rows])
 
-    def _capture(self, key: tuple[int, int, int, bool]) -> torch.cuda.CUDAGraph:
+    def _capture(self, key: tuple[int, int, int, int]) -> torch.cuda.CUDAGraph:
         self._slots.fill_(_PADDING)
         self._batch = None
         stream = torch.cuda.Stream()
@@ -179,18 +187,16 @@ class CudaGraphs:
         with torch.cuda.graph(graph, pool=self._pool, stream=stream):
             self._compute(key)
         self._graphs[key] = graph
-        logger.debug("captured a step of %d rows, %d parts of at least %d keys, greedy %s", *key)
+        logger.debug("captured a step of %d rows, %d parts of at least %d keys, sampling %d", *key)
         return graph
 
-    def _compute(self, key: tuple[int, int, int, bool]) -> None:
+    def _compute(self, key: tuple[int, int, int, int]) -> None:
         """One step, as it is captured."""
-        rows, num_parts, min_part, all_greedy = key
+        rows, num_parts, min_part, needs = key
         states, slots = self._states, self._slots[:rows]
         input_ids, positions, seq_lens = (buffer[:rows] for buffer in self._inputs)
         gather_decode_inputs(slots, states.num_computed, states.token_ids, input_ids, positions, seq_lens)
         attention = self._backend.begin_decode(self._kv, slots, seq_lens, states.block_table, (num_parts, min_part))
         logits = self._model.compute_logits(self._model.forward(input_ids, positions, attention))
         tokens = self._tokens[:rows]
-        sample_decodes(
-            logits, self._num_columns, slots, seq_lens, self._rows, self._scratch, tokens, all_greedy=all_greedy
-        )
+        sample_decodes(logits, self._num_columns, slots, seq_lens, self._rows, self._scratch, tokens, needs=needs)

@@ -16,6 +16,7 @@ _KERNEL = "a kernel: a third of its lines are parameters, and values in register
 EXCEPTIONS: dict[str, str] = {
     "worker_proc/kernels/triton/paged_decode.py:_paged_decode": _KERNEL,
     "worker_proc/kernels/triton/paged_prefill.py:_paged_prefill": _KERNEL,
+    "worker_proc/kernels/triton/sampling.py:_find_thresholds": _KERNEL,
     "worker_proc/kernels/triton/sampling.py:_pick": _KERNEL,
 }
 

@@ -1,10 +1,15 @@
 """Sampling for a captured decode step: parameters are read by slot, the token goes to the host's buffer and to its row.
 
-The definition is `sample.sampler`'s, for rows without a filter: greedy rows take the lowest id of the largest logit;
-others the token at which the cumulated weights exp((logit - largest) / temperature), in order of ids, first exceed
-their sum times the uniform number of `sample.random`. A row is cut into chunks of 2,048 ids: one launch finds each
-chunk's largest logit, one its sum of weights (float64), one picks chunk and token. So a row takes part in no other
-row's sums and 256 rows of 151,936 logits are read twice, at the speed of memory.
+The definition is `sample.sampler`'s: greedy rows take the lowest id of the largest logit; others the token at which the
+cumulated weights exp((logit - largest) / temperature), in order of ids, first exceed their sum times the uniform number
+of `sample.random`. A row is cut into chunks of 2,048 ids: one launch finds each chunk's largest logit, one its sum of
+weights (float64), one picks chunk and token. So a row takes part in no other row's sums and 256 rows of 151,936 logits
+are read twice, at the speed of memory.
+
+Filters need no sort. All three keep the largest logits down to some threshold, and of those equal to it the lowest ids
+up to some number. One more launch finds both: logits are ordered as integers (a float's bits, negative ones turned
+round; 16 of them for bf16), and the threshold is searched by halving: the greatest with top_k logits at or above it,
+the smallest with less than the nucleus's sum above it. Each halving reads the row from the L2 cache.
 """
 
 import dataclasses
@@ -20,6 +25,12 @@ _MULTIPLY_2 = tl.constexpr(0x94D049BB133111EB - 2**64)
 _MASK_30, _MASK_27, _MASK_31 = tl.constexpr(2**34 - 1), tl.constexpr(2**37 - 1), tl.constexpr(2**33 - 1)
 _MASK_52 = tl.constexpr(2**52 - 1)
 _ULP = tl.constexpr(2.0**-52)
+_ALL = tl.constexpr(-(2**31))  # below every ordered logit
+_NO_QUOTA = tl.constexpr(2**31 - 1)
+_SIGN_TURNED = tl.constexpr(2**31 - 1)
+_SEARCH_TILE = 8192
+_UNUSED_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}  # of a float32 with the same value
+GREEDY, DRAWN, FILTERED = range(3)  # what a step's rows need at most
 _GREEDY_TEMPERATURE = tl.constexpr(1e-5)  # common.sampling_params.GREEDY_TEMPERATURE; a test compares them
 
 
@@ -28,7 +39,7 @@ class SamplingRows:
     """The persistent rows that sampling reads and writes; see `RequestStates`.
 
     Attributes:
-        floats: float64 [num_slots, n]; temperature first.
+        floats: float64 [num_slots, n]; temperature, top_p, min_p first.
         integers: int64 [num_slots, n]; top_k, seed, sample_index, prompt length first.
         token_ids: int32 [num_slots, max_model_len]; the token is written to its place.
     """
@@ -46,6 +57,8 @@ class SamplingScratch:
         self.largest = torch.empty(rows, chunks, dtype=torch.float32, device=device)
         self.ids = torch.empty(rows, chunks, dtype=torch.int32, device=device)
         self.sums = torch.empty(rows, chunks, dtype=torch.float64, device=device)
+        self.num_ties = torch.empty(rows, chunks, dtype=torch.int32, device=device)
+        self.thresholds = torch.empty(rows, 2, dtype=torch.int32, device=device)
 
 
 def sample_decodes(
@@ -57,7 +70,7 @@ def sample_decodes(
     scratch: SamplingScratch,
     out: torch.Tensor,
     *,
-    all_greedy: bool,
+    needs: int,
 ) -> None:
     """Draws one token for each request.
 
@@ -69,33 +82,29 @@ def sample_decodes(
         rows: the persistent rows.
         scratch: for R rows at least.
         out: int32 [R]; the tokens; -1 where the largest logit is no finite number.
-        all_greedy: every row is; the sums are left out.
+        needs: GREEDY (every row is), DRAWN (none has a filter) or FILTERED; leaves out what no row needs.
     """
     num_rows, chunks = slots.shape[0], triton.cdiv(num_columns, _CHUNK)
     grid, stride = (num_rows, chunks), logits.stride(0)
-    partial = (scratch.largest, scratch.ids, scratch.sums)
-    _find_largest[grid](logits, *partial[:2], num_columns, stride, chunks, _CHUNK, num_warps=4)
     padded = triton.next_power_of_2(chunks)
-    if not all_greedy:
-        table = (rows.floats, rows.floats.stride(0))
+    shift = _UNUSED_BITS[logits.dtype]
+    _find_largest[grid](logits, scratch.largest, scratch.ids, num_columns, stride, chunks, _CHUNK, num_warps=4)
+    tables = (rows.floats, rows.floats.stride(0), rows.integers, rows.integers.stride(0))
+    if needs == FILTERED:
+        sizes = (num_columns, stride, chunks, padded, _SEARCH_TILE, shift)
+        _find_thresholds[(num_rows,)](logits, scratch.largest, scratch.thresholds, slots, *tables, *sizes, num_warps=16)
+    partial = (scratch.sums, scratch.num_ties, scratch.thresholds)
+    sizes = (num_columns, stride, chunks, padded, _CHUNK)
+    if needs != GREEDY:
         _sum_weights[grid](
-            logits,
-            scratch.largest,
-            scratch.sums,
-            slots,
-            *table,
-            num_columns,
-            stride,
-            chunks,
-            padded,
-            _CHUNK,
+            *(logits, scratch.largest, *partial, slots, *tables[:2], *sizes),
+            *(shift, needs == FILTERED),
             num_warps=4,
         )
-    tables = (rows.floats, rows.integers, rows.token_ids)
     _pick[(num_rows,)](
-        *(logits, *partial, slots, seq_lens, *tables, out),
-        *(table.stride(0) for table in tables),
-        *(num_columns, stride, chunks, padded, _CHUNK, all_greedy),
+        *(logits, scratch.largest, scratch.ids, *partial, slots, seq_lens, *tables),
+        *(rows.token_ids, rows.token_ids.stride(0), out, *sizes),
+        *(shift, needs == GREEDY, needs == FILTERED),
         num_warps=4,
     )
 
@@ -113,10 +122,124 @@ def _find_largest(logits_ptr, largest_ptr, ids_ptr, num_columns, stride, CHUNKS:
 
 
 @triton.jit
+def _find_thresholds(
+    logits_ptr,
+    largest_ptr,
+    thresholds_ptr,
+    slots_ptr,
+    floats_ptr,
+    floats_stride,
+    integers_ptr,
+    integers_stride,
+    num_columns,
+    stride,
+    CHUNKS: tl.constexpr,
+    PADDED_CHUNKS: tl.constexpr,
+    TILE: tl.constexpr,
+    SHIFT: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots_ptr + row)
+    if slot < 0:
+        return
+    floats, integers = floats_ptr + slot * floats_stride, integers_ptr + slot * integers_stride
+    temperature = tl.load(floats).to(tl.float32)
+    top_p, min_p, top_k = tl.load(floats + 1), tl.load(floats + 2).to(tl.float32), tl.load(integers)
+    largest = _row_largest(largest_ptr + row * CHUNKS, CHUNKS, PADDED_CHUNKS)
+    logits = logits_ptr + row * stride
+    threshold = tl.full([], _ALL, tl.int64)  # 64 bits: all differences fit
+    quota = tl.full([], _NO_QUOTA, tl.int32)
+    top = _ordered(largest, SHIFT).to(tl.int64)
+    drawn = (temperature >= _GREEDY_TEMPERATURE) & (largest < float("inf")) & (largest > -float("inf"))
+    limits_number = (top_k > 0) & (top_k < num_columns)
+    if drawn & limits_number:
+        low, high = tl.full([], _ALL >> SHIFT, tl.int64), top + 1
+        while high - low > 1:
+            middle = low + (high - low) // 2
+            count, _ = _above(logits, middle - 1, largest, temperature, num_columns, TILE, SHIFT)
+            enough = count >= top_k
+            low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
+        threshold = low
+    if drawn & (top_p < 1.0):
+        above, mass = _above(logits, threshold, largest, temperature, num_columns, TILE, SHIFT)
+        if limits_number:
+            mass += (top_k - above) * _weight_of(threshold.to(tl.int32), largest, temperature, SHIFT)
+        target = top_p * mass
+        low, high = tl.maximum(threshold, _ALL >> SHIFT) - 1, top
+        while high - low > 1:
+            middle = low + (high - low) // 2
+            _, mass = _above(logits, middle, largest, temperature, num_columns, TILE, SHIFT)
+            low, high = tl.where(mass < target, low, middle), tl.where(mass < target, middle, high)
+        _, mass = _above(logits, high, largest, temperature, num_columns, TILE, SHIFT)
+        weight = _weight_of(high.to(tl.int32), largest, temperature, SHIFT)
+        wanted = tl.minimum((target - mass) / tl.maximum(weight, 1e-300), 2147483000.0)
+        quota = tl.maximum(tl.ceil(wanted).to(tl.int32), 1)
+        threshold_p = high
+        if limits_number & (threshold_p == threshold):
+            above, _ = _above(logits, threshold, largest, temperature, num_columns, TILE, SHIFT)
+            quota = tl.minimum(quota, (top_k - above).to(tl.int32))
+        threshold = threshold_p
+    elif drawn & limits_number:
+        above, _ = _above(logits, threshold, largest, temperature, num_columns, TILE, SHIFT)
+        quota = (top_k - above).to(tl.int32)
+    if drawn & (min_p > 0.0):
+        lowest = _lowest_probable(logits, min_p, largest, temperature, num_columns, TILE, SHIFT)
+        quota = tl.where(lowest > threshold, _NO_QUOTA, quota)
+        threshold = tl.maximum(threshold, lowest.to(tl.int64))
+    tl.store(thresholds_ptr + row * 2, threshold.to(tl.int32))
+    tl.store(thresholds_ptr + row * 2 + 1, quota)
+
+
+@triton.jit
+def _above(logits_ptr, threshold, largest, temperature, num_columns, TILE: tl.constexpr, SHIFT: tl.constexpr):
+    """How many logits are above the threshold, and the sum of their weights."""
+    count = tl.zeros([TILE], tl.int32)
+    mass = tl.zeros([TILE], tl.float64)
+    for first in range(0, num_columns, TILE):
+        column = first + tl.arange(0, TILE)
+        inside = column < num_columns
+        logits = tl.load(logits_ptr + column, mask=inside, other=-float("inf")).to(tl.float32)
+        kept = inside & (_ordered(logits, SHIFT) > threshold)
+        count += kept.to(tl.int32)
+        mass += tl.where(kept, tl.exp((logits - largest) / temperature), 0.0).to(tl.float64)
+    return tl.sum(count, 0).to(tl.int64), tl.sum(mass, 0)
+
+
+@triton.jit
+def _lowest_probable(logits_ptr, min_p, largest, temperature, num_columns, TILE: tl.constexpr, SHIFT: tl.constexpr):
+    """The smallest logit whose probability is at least `min_p` times the largest, ordered."""
+    lowest = tl.full([TILE], 2147483647, tl.int32)
+    for first in range(0, num_columns, TILE):
+        column = first + tl.arange(0, TILE)
+        inside = column < num_columns
+        logits = tl.load(logits_ptr + column, mask=inside, other=-float("inf")).to(tl.float32)
+        probable = inside & (tl.exp((logits - largest) / temperature) >= min_p)
+        lowest = tl.minimum(lowest, tl.where(probable, _ordered(logits, SHIFT), 2147483647))
+    return tl.min(lowest, 0)
+
+
+@triton.jit
+def _ordered(logits, SHIFT: tl.constexpr):
+    """float32 → int32 of the same order; SHIFT: bits that no logit uses are dropped."""
+    bits = (logits + 0.0).to(tl.int32, bitcast=True)  # -0.0 becomes 0.0, its equal
+    return (bits ^ ((bits >> 31) & _SIGN_TURNED)) >> SHIFT
+
+
+@triton.jit
+def _weight_of(ordered, largest, temperature, SHIFT: tl.constexpr):
+    """The weight, float64, of the logit that `_ordered` gave this number."""
+    turned = (ordered << SHIFT) | ((ordered >> 31) & ((1 << SHIFT) - 1))
+    bits = turned ^ ((turned >> 31) & _SIGN_TURNED)
+    return tl.exp((bits.to(tl.float32, bitcast=True) - largest) / temperature).to(tl.float64)
+
+
+@triton.jit
 def _sum_weights(
     logits_ptr,
     largest_ptr,
     sums_ptr,
+    ties_ptr,
+    thresholds_ptr,
     slots_ptr,
     floats_ptr,
     floats_stride,
@@ -125,6 +248,8 @@ def _sum_weights(
     CHUNKS: tl.constexpr,
     PADDED_CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
+    SHIFT: tl.constexpr,
+    FILTER: tl.constexpr,
 ):
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(slots_ptr + row)
@@ -134,7 +259,13 @@ def _sum_weights(
     if temperature < _GREEDY_TEMPERATURE:
         return
     largest = _row_largest(largest_ptr + row * CHUNKS, CHUNKS, PADDED_CHUNKS)
-    weights = _weights(logits_ptr + row * stride, chunk, largest, temperature, num_columns, CHUNK)
+    logits, weights = _weights(logits_ptr + row * stride, chunk, largest, temperature, num_columns, CHUNK)
+    if FILTER:
+        threshold = tl.load(thresholds_ptr + row * 2)
+        ordered = _ordered(logits, SHIFT)
+        weights = tl.where(ordered > threshold, weights, 0.0)
+        ties = (ordered == threshold) & (chunk * CHUNK + tl.arange(0, CHUNK) < num_columns)
+        tl.store(ties_ptr + row * CHUNKS + chunk, tl.sum(ties.to(tl.int32), 0))
     tl.store(sums_ptr + row * CHUNKS + chunk, tl.sum(weights, 0))
 
 
@@ -144,21 +275,25 @@ def _pick(
     largest_ptr,
     ids_ptr,
     sums_ptr,
+    ties_ptr,
+    thresholds_ptr,
     slots_ptr,
     seq_lens_ptr,
     floats_ptr,
-    integers_ptr,
-    tokens_ptr,
-    out_ptr,
     floats_stride,
+    integers_ptr,
     integers_stride,
+    tokens_ptr,
     tokens_stride,
+    out_ptr,
     num_columns,
     stride,
     CHUNKS: tl.constexpr,
     PADDED_CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
+    SHIFT: tl.constexpr,
     ALL_GREEDY: tl.constexpr,
+    FILTER: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + row)
@@ -176,17 +311,28 @@ def _pick(
         temperature = tl.load(floats_ptr + slot * floats_stride).to(tl.float32)
         integers = integers_ptr + slot * integers_stride
         if (temperature >= _GREEDY_TEMPERATURE) & (tl.load(integers) != 1) & finite:
-            position = seq_len - tl.load(integers + 3)
-            number = _uniform(tl.load(integers + 1), tl.load(integers + 2), position)
+            number = _uniform(tl.load(integers + 1), tl.load(integers + 2), seq_len - tl.load(integers + 3))
             sums = tl.load(sums_ptr + at, mask=chunk < CHUNKS, other=0.0)
+            threshold, kept_ties = tl.load(thresholds_ptr + row * 2), tl.zeros([PADDED_CHUNKS], tl.int32)
+            if FILTER:
+                ties = tl.load(ties_ptr + at, mask=chunk < CHUNKS, other=0)
+                left = tl.load(thresholds_ptr + row * 2 + 1) - (tl.cumsum(ties, 0) - ties)
+                kept_ties = tl.minimum(tl.maximum(left, 0), ties)
+                some = tl.where(kept_ties > 0, _weight_of(threshold, largest, temperature, SHIFT), 0.0)
+                sums += kept_ties.to(tl.float64) * some
             cumulated = tl.cumsum(sums, 0)
             total = tl.max(cumulated, 0)
             below = (total.to(tl.int64, bitcast=True) - 1).to(tl.float64, bitcast=True)  # the next smaller number
             target = tl.minimum(number * total, below)
             chosen = tl.sum((cumulated <= target).to(tl.int32), 0)
             before = tl.sum(tl.where(chunk < chosen, sums, 0.0), 0)
-            weights = _weights(logits_ptr + row * stride, chosen, largest, temperature, num_columns, CHUNK)
+            logits, weights = _weights(logits_ptr + row * stride, chosen, largest, temperature, num_columns, CHUNK)
             column = tl.arange(0, CHUNK)
+            if FILTER:
+                ordered = _ordered(logits, SHIFT)
+                tie = (ordered == threshold) & (chosen * CHUNK + column < num_columns)
+                in_quota = tl.cumsum(tie.to(tl.int32), 0) <= tl.sum(tl.where(chunk == chosen, kept_ties, 0), 0)
+                weights = tl.where((ordered > threshold) | (tie & in_quota), weights, 0.0)
             passed = tl.sum((before + tl.cumsum(weights, 0) <= target).to(tl.int32), 0)
             # Sums in another order may round to just below the target: the last id with a weight is the furthest.
             token = chosen * CHUNK + tl.minimum(passed, tl.max(tl.where(weights > 0.0, column, 0), 0))
@@ -203,11 +349,11 @@ def _row_largest(largest_ptr, CHUNKS: tl.constexpr, PADDED: tl.constexpr):
 
 @triton.jit
 def _weights(row_ptr, chunk, largest, temperature, num_columns, CHUNK: tl.constexpr):
-    """Weights of a chunk's ids, float64; rounded to float32 on the way, as the reference does."""
+    """A chunk's logits, and their weights as float64; rounded to float32 on the way, as the reference does."""
     column = chunk * CHUNK + tl.arange(0, CHUNK)
     inside = column < num_columns
     logits = tl.load(row_ptr + column, mask=inside, other=-float("inf")).to(tl.float32)
-    return tl.where(inside, tl.exp((logits - largest) / temperature), 0.0).to(tl.float64)
+    return logits, tl.where(inside, tl.exp((logits - largest) / temperature), 0.0).to(tl.float64)
 
 
 @triton.jit
