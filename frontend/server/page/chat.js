@@ -50,7 +50,7 @@ export class Chat {
 
   send() {
     const text = byId("input").value.trim();
-    if (!text || this.running) return;
+    if (!text || this.running || this.readTools() === null) return;
     byId("input").value = "";
     fitInput();
     this.push({ role: "user", content: text });
@@ -132,16 +132,21 @@ export class Chat {
     if (byId("stop_text").value) body.stop = [byId("stop_text").value];
     const thinking = byId("enable_thinking").value;
     if (thinking) body.chat_template_kwargs = { enable_thinking: thinking === "true" };
+    const tools = this.readTools();
+    if (tools) body.tools = tools;
+    return tools === null ? null : body;
+  }
+
+  /** The tools of the settings; undefined for none, null for what is not JSON. */
+  readTools() {
     byId("tools-note").textContent = "";
-    if (byId("tools").value.trim()) {
-      try {
-        body.tools = JSON.parse(byId("tools").value);
-      } catch (error) {
-        byId("tools-note").textContent = `Tools: ${error.message}`;
-        return null;
-      }
+    if (!byId("tools").value.trim()) return undefined;
+    try {
+      return JSON.parse(byId("tools").value);
+    } catch (error) {
+      byId("tools-note").textContent = `Tools: ${error.message}`;
+      return null;
     }
-    return body;
   }
 
   // ---- what is shown -----------------------------------------------------------------------------------------------

@@ -70,7 +70,8 @@ def test_the_wheel_holds_every_source_file_once_and_nothing_else(tmp_path: pathl
     with zipfile.ZipFile(tmp_path / done.stdout.split()[-1]) as wheel:
         held = sorted(name for name in wheel.namelist() if ".dist-info/" not in name)
     face = ["folovllm/__init__.py", "folovllm/__main__.py", "folovllm/py.typed"]
-    assert held == sorted(face + [f"folovllm/{file.name}" for file in source_files()])
+    page = [f"folovllm/{file.relative_to(ROOT)}" for file in (ROOT / "frontend/server/page").iterdir()]
+    assert held == sorted(face + page + [f"folovllm/{file.name}" for file in source_files()])
 
 
 def test_every_public_name_resolves_and_is_listed() -> None:
