@@ -30,7 +30,9 @@ _SMALLEST_CHUNK: Final = 16  # prompts go on by so many tokens a step, whatever 
 _MOST_OVERTAKING: Final = 16  # waiting requests that are looked at for a short one
 _TOKEN_BYTES: Final = 4
 
-NO_TOKEN_LEFT = "no token could be chosen: constraints left none, or the network's numbers overflowed"
+NO_TOKEN_LEFT = (
+    "no token could be chosen: constraints left none, a logits processor failed, or the network's numbers overflowed"
+)
 
 
 @dataclasses.dataclass(slots=True, frozen=True, eq=False)

@@ -8,8 +8,24 @@ import numpy as np
 from folovllm.common.messages.core_worker import NewRequest, SamplingRow, SchedulerOutput
 from folovllm.worker_proc.step_arrays import StepLimits
 
-# Every way of sampling is passed through, one request after another taking the next.
-_SAMPLING = (SamplingRow(temperature=1.0, top_p=0.9, top_k=50), SamplingRow(temperature=1.0), SamplingRow())
+# Every way of sampling is passed through, one request after another taking the next. What requests seldom ask for is
+# asked for by one: its operators have run then, and largest steps are measured with everything in them.
+_ONE = np.zeros(1, "<i4").tobytes()
+_SAMPLING = (
+    SamplingRow(
+        temperature=1.0,
+        top_p=0.9,
+        top_k=50,
+        presence_penalty=0.1,
+        bias_token_ids=_ONE,
+        bias_values=np.zeros(1, "<f4").tobytes(),
+        bad_words=[_ONE * 2],
+        logprobs=1,
+        prompt_logprobs=0,
+    ),
+    SamplingRow(temperature=1.0),
+    SamplingRow(),
+)
 _BLOCK = 1  # all requests write to this one block: what they compute means nothing, what it costs is the same
 
 

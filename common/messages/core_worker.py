@@ -144,8 +144,8 @@ class ModelRunnerOutput(msgspec.Struct, array_like=True, omit_defaults=True, gc=
     Attributes:
         step_id: the step's.
         token_ids: int32 bytes; one sampled token for each slot that sampled, in the order of `slots`.
-        no_token_rows: int32 bytes; indices into `token_ids` where no token could be chosen: constraints left none, or
-            the network's numbers overflowed (the token there is void).
+        no_token_rows: int32 bytes; indices into `token_ids` where no token could be chosen: constraints left none, a
+            logits processor failed, or the network's numbers overflowed (the token there is void).
         error: "" or what went wrong; then `token_ids` is empty and the requests of the step are failed by the core.
         logprob_rows: int32 bytes; indices into `token_ids`, rising: tokens that are reported with log probabilities.
         logprobs: one place for each of `logprob_rows`; None if there is none.

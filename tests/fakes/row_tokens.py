@@ -16,5 +16,12 @@ def row_tokens(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]
     for slot, tokens in zip(slots.tolist(), known, strict=True):
         table[slot, : len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
     num_prompt, num_known = np.array([len(each) for each in prompts]), np.array([len(each) for each in known])
-    on_device = (torch.from_numpy(array.copy()) for array in (slots, num_prompt, num_known))
-    return RowTokens(table, *on_device, slots, num_prompt, num_known)
+    return RowTokens(
+        token_ids=table,
+        slots=torch.from_numpy(slots.copy()),
+        num_prompt=torch.from_numpy(num_prompt.copy()),
+        num_known=torch.from_numpy(num_known.copy()),
+        host_slots=slots,
+        host_num_prompt=num_prompt,
+        host_num_known=num_known,
+    )

@@ -19,6 +19,7 @@ from tests.fakes.fake_core import (
     running_core,
     write_config,
 )
+from tests.fakes.simulated_logprobs import unpack
 
 NUM_RANDOM_FRAMES = 1000
 
@@ -167,6 +168,7 @@ def test_a_refused_hello_ends_the_worker_with_the_reason() -> None:
         ),
         ({"num_gpu_blocks_override": 2**31 - 1}, "ConfigError", "can be taken"),
         ({"model": "/nowhere"}, "ModelError", "/nowhere/config.json"),
+        ({"logits_processors": ["tests.fakes.processors:absent"]}, "ConfigError", "has no 'absent'"),
     ],
 )
 def test_a_start_that_fails_reports_its_cause(
@@ -193,3 +195,27 @@ def test_a_row_whose_constraints_leave_no_token_is_reported(folder: pathlib.Path
         output = core.expect_output()
         assert ints(output.no_token_rows) == [1]
         assert ints(output.token_ids)[0] < 3
+
+
+def test_log_probabilities_and_processors_of_a_worker(folder: pathlib.Path) -> None:
+    """A processor is loaded at the start; one that fails ends its request, and the others' results come with it."""
+    with running_core() as core:
+        only, fail = "tests.fakes.processors:only", "tests.fakes.processors:fail"
+        core.start(engine_config(folder, logits_processors=[only, fail]))
+        rows = [
+            SamplingRow(logits_processors=[(only, "[5, 6]")], logprobs=1, prompt_logprobs=0),
+            SamplingRow(logits_processors=[(fail, "1")], logprobs=0),
+        ]
+        new = [new_request(slot, [1, 2, 3], [slot + 1, slot + 3], row) for slot, row in enumerate(rows)]
+        core.send(SchedulerOutput(0, int32([0, 1]), int32([3, 3]), new))
+        core.send(SchedulerOutput(1, int32([0, 1])))
+        first, second = core.expect_output(), core.expect_output()
+        assert (ints(first.token_ids)[0], ints(second.token_ids)[0]) == (5, 6)
+        assert (ints(first.no_token_rows), ints(second.no_token_rows)) == ([], [1])
+        assert (ints(first.logprob_rows), ints(second.logprob_rows)) == ([0, 1], [0])
+        (part,) = first.prompt_logprobs
+        assert (part.row, part.start, ints(part.logprobs.token_ids)) == (0, 1, [2, 3])
+        for output in (first, second):
+            assert output.logprobs is not None
+        assert [len(place.entries) for place in unpack(first.logprobs)] == [2, 1]
+        assert [len(place.entries) for place in unpack(second.logprobs)] == [2]

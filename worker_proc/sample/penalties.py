@@ -9,8 +9,9 @@ Instead only the places of a row's own tokens are touched, N of them: ones are a
 matrix of zeros, read back (each place now knows how often its token occurs), and zeroed again; the logits at these
 places are read, penalised and written back. Where a token occurs several times, every occurrence writes the same value.
 
-Cost: eight passes over [P, N], for P rows with a penalty and the longest of their N tokens; the vocabulary does not
-matter. On two CPU cores 16 rows take PLACEHOLDER.
+Cost: some twenty passes over [P, N], for P rows with a penalty and N tokens of the longest; the vocabulary does not
+matter. On one CPU core 16 rows of 200 tokens take 0.2 ms, of 1,000 tokens 1.0 ms; applying a matrix of counts as a
+whole took 6 ms for 49k columns and 20 ms for 152k. Only beyond some 10,000 tokens a row would the matrix be cheaper.
 
 As in vLLM: the repetition penalty, for tokens of prompt and answer, divides a positive logit and multiplies a negative
 one; then frequency times count and, for tokens that occur, presence are taken off, for tokens of the answer.

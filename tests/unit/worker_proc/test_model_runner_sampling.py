@@ -36,7 +36,8 @@ TOLERANCE = 2e-4  # of log probabilities: float32, sums in another order
 def forbid_last(logits: torch.Tensor, token_ids: torch.Tensor, num_prompt_tokens: int, argument: Any) -> torch.Tensor:
     """Never the same token twice running; `argument` scales the rest."""
     logits[token_ids[-1]] = -torch.inf
-    return logits * argument["scale"]
+    scaled: torch.Tensor = logits * argument["scale"]
+    return scaled
 
 
 def fail_at(logits: torch.Tensor, token_ids: torch.Tensor, num_prompt_tokens: int, argument: Any) -> torch.Tensor:
@@ -264,7 +265,7 @@ def test_L14_a_row_left_without_a_token_is_told_and_reports_nothing(driver: Driv
 
 
 def test_L14_a_bias_on_every_allowed_token_forbids_none(driver: Driver) -> None:
-    bias = {"bias_token_ids": int32([5, 6]), "bias_values": np.array([-100, -100], "<f4").tobytes()}
+    bias: dict[str, Any] = {"bias_token_ids": int32([5, 6]), "bias_values": np.array([-100, -100], "<f4").tobytes()}
     driver.join(0, PROMPTS[1], SamplingRow(allowed_token_ids=int32([5, 6]), **bias))
     assert set(driver.finish(0, 10)) <= {5, 6}
 
@@ -284,7 +285,10 @@ def test_a_processor_that_fails_ends_its_request_and_no_other(
 
 def test_L13_neither_spelling_of_a_word_appears(driver: Driver) -> None:
     """A bias makes the word's tokens the best; one spelling is a token, the other a sequence."""
-    wanted = {"bias_token_ids": int32([61, 32, 33]), "bias_values": np.array([60, 50, 55], "<f4").tobytes()}
+    wanted: dict[str, Any] = {
+        "bias_token_ids": int32([61, 32, 33]),
+        "bias_values": np.array([60, 50, 55], "<f4").tobytes(),
+    }
     driver.join(0, PROMPTS[1], SamplingRow(**wanted))
     assert driver.finish(0, 4) == [61] * 4
     driver.join(0, PROMPTS[1], SamplingRow(**wanted, bad_words=[int32([61]), int32([33, 33]), int32([33, 32, 33])]))

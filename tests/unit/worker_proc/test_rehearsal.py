@@ -3,6 +3,7 @@
 import pytest
 
 from folovllm.worker_proc.rehearsal import Rehearsal, rehearsal_steps
+from folovllm.worker_proc.sampling_extras import read_extras
 from folovllm.worker_proc.step_arrays import SlotCounts, StepLimits, read_step
 
 
@@ -40,3 +41,7 @@ def test_what_fits_is_rehearsed_in_full() -> None:
     assert {len(new.token_ids) for new in steps[0].new_requests} == {16 * 4}
     kinds = {(new.sampling.temperature > 0, new.sampling.top_k > 0) for new in steps[0].new_requests}
     assert kinds == {(False, False), (True, False), (True, True)}, "every way of sampling"
+    extras = [made for new in steps[0].new_requests if (made := read_extras(new.sampling, 10, "rehearsed")) is not None]
+    assert any(made.has_penalty and made.bad_words and len(made.bias_ids) for made in extras)
+    assert any(made.logprobs is not None and made.prompt_logprobs is not None for made in extras)
+    assert len(extras) < 4, "and the plain way"

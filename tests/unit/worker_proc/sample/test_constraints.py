@@ -5,6 +5,7 @@ import torch
 
 from folovllm.worker_proc.sample.constraints import (
     AllowedTokenIds,
+    Constraint,
     LogitBias,
     MinTokens,
     Precedence,
@@ -91,7 +92,7 @@ def test_forbidding_comes_after_whatever_adds() -> None:
             logits.fill_(1000.0)
 
     logits = torch.zeros(1, 4)
-    constraints = [
+    constraints: list[Constraint] = [
         MinTokens([(0, [0])], 4, CPU),
         AllowedTokenIds([(0, [0, 1])], CPU),
         Processor(),

@@ -103,7 +103,7 @@ def test_void_rows_are_not_reported() -> None:
 def test_parts_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted, logits, tokens = [(row, row % 4) for row in range(20)], random_logits(20, seed=3), list(range(20))
     whole = sampled(wanted, logits, tokens, [2])
-    monkeypatch.setattr(module, "_MAX_ELEMENTS", 3 * NUM_COLUMNS)
+    monkeypatch.setattr(module, "_MAX_ELEMENTS_CPU", 3 * NUM_COLUMNS)
     in_parts = sampled(wanted, logits, tokens, [2])
     assert (whole[0].tolist(), whole[1]) == (in_parts[0].tolist(), in_parts[1])
 

@@ -73,7 +73,8 @@ def test_what_cannot_be_loaded_is_told_at_the_start(name: str, message: str) -> 
 
 
 def add(logits: torch.Tensor, token_ids: torch.Tensor, num_prompt_tokens: int, argument: Any) -> torch.Tensor:
-    return logits + argument
+    added: torch.Tensor = logits + argument
+    return added
 
 
 def double(logits: torch.Tensor, token_ids: torch.Tensor, num_prompt_tokens: int, argument: Any) -> torch.Tensor:
