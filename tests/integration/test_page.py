@@ -156,6 +156,7 @@ def test_settings_are_sent_and_kept(page: Page) -> None:
     with page.expect_request("**/v1/chat/completions") as sent:
         ask(page, "hello")
     body = sent.value.post_data_json
+    assert body is not None
     assert body["messages"][0] == {"role": "system", "content": "Be brief."}
     assert (body["max_tokens"], body["temperature"]) == (3, 0.5)
     assert "top_p" not in body
