@@ -91,8 +91,10 @@ def sample_decodes(
     _find_largest[grid](logits, scratch.largest, scratch.ids, num_columns, stride, chunks, _CHUNK, num_warps=4)
     tables = (rows.floats, rows.floats.stride(0), rows.integers, rows.integers.stride(0))
     if needs == FILTERED:
-        sizes = (num_columns, stride, chunks, padded, _SEARCH_TILE, shift)
-        _find_thresholds[(num_rows,)](logits, scratch.largest, scratch.thresholds, slots, *tables, *sizes, num_warps=16)
+        search = (num_columns, stride, chunks, padded, _SEARCH_TILE, shift)
+        _find_thresholds[(num_rows,)](
+            logits, scratch.largest, scratch.thresholds, slots, *tables, *search, num_warps=16
+        )
     partial = (scratch.sums, scratch.num_ties, scratch.thresholds)
     sizes = (num_columns, stride, chunks, padded, _CHUNK)
     if needs != GREEDY:
@@ -148,61 +150,66 @@ def _find_thresholds(
     largest = _row_largest(largest_ptr + row * CHUNKS, CHUNKS, PADDED_CHUNKS)
     logits = logits_ptr + row * stride
     threshold = tl.full([], _ALL, tl.int64)  # 64 bits: all differences fit
-    quota = tl.full([], _NO_QUOTA, tl.int32)
     top = _ordered(largest, SHIFT).to(tl.int64)
     drawn = (temperature >= _GREEDY_TEMPERATURE) & (largest < float("inf")) & (largest > -float("inf"))
     limits_number = (top_k > 0) & (top_k < num_columns)
+    kept_of_top_k = tl.full([], _NO_QUOTA, tl.int64)
     if drawn & limits_number:
         low, high = tl.full([], _ALL >> SHIFT, tl.int64), top + 1
         while high - low > 1:
             middle = low + (high - low) // 2
-            count, _ = _above(logits, middle - 1, largest, temperature, num_columns, TILE, SHIFT)
-            enough = count >= top_k
+            enough = _count_above(logits, middle - 1, num_columns, TILE, SHIFT) >= top_k
             low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
         threshold = low
+        kept_of_top_k = top_k - _count_above(logits, threshold, num_columns, TILE, SHIFT)
+    quota = kept_of_top_k
     if drawn & (top_p < 1.0):
-        above, mass = _above(logits, threshold, largest, temperature, num_columns, TILE, SHIFT)
+        mass = _mass_above(logits, threshold, largest, temperature, num_columns, TILE, SHIFT)
         if limits_number:
-            mass += (top_k - above) * _weight_of(threshold.to(tl.int32), largest, temperature, SHIFT)
+            mass += kept_of_top_k * _weight_of(threshold.to(tl.int32), largest, temperature, SHIFT)
         target = top_p * mass
-        low, high = tl.maximum(threshold, _ALL >> SHIFT) - 1, top
-        while high - low > 1:
-            middle = low + (high - low) // 2
-            _, mass = _above(logits, middle, largest, temperature, num_columns, TILE, SHIFT)
-            low, high = tl.where(mass < target, low, middle), tl.where(mass < target, middle, high)
-        _, mass = _above(logits, high, largest, temperature, num_columns, TILE, SHIFT)
-        weight = _weight_of(high.to(tl.int32), largest, temperature, SHIFT)
-        wanted = tl.minimum((target - mass) / tl.maximum(weight, 1e-300), 2147483000.0)
-        quota = tl.maximum(tl.ceil(wanted).to(tl.int32), 1)
-        threshold_p = high
-        if limits_number & (threshold_p == threshold):
-            above, _ = _above(logits, threshold, largest, temperature, num_columns, TILE, SHIFT)
-            quota = tl.minimum(quota, (top_k - above).to(tl.int32))
-        threshold = threshold_p
-    elif drawn & limits_number:
-        above, _ = _above(logits, threshold, largest, temperature, num_columns, TILE, SHIFT)
-        quota = (top_k - above).to(tl.int32)
+        outside, nucleus = tl.maximum(threshold, _ALL >> SHIFT) - 1, top
+        while nucleus - outside > 1:
+            middle = outside + (nucleus - outside) // 2
+            less = _mass_above(logits, middle, largest, temperature, num_columns, TILE, SHIFT) < target
+            outside, nucleus = tl.where(less, outside, middle), tl.where(less, middle, nucleus)
+        left = target - _mass_above(logits, nucleus, largest, temperature, num_columns, TILE, SHIFT)
+        weight = _weight_of(nucleus.to(tl.int32), largest, temperature, SHIFT)
+        wanted = tl.minimum(left / tl.maximum(weight, 1e-300), 2147483000.0)
+        kept_of_nucleus = tl.maximum(tl.ceil(wanted).to(tl.int64), 1)
+        quota = tl.where(nucleus == threshold, tl.minimum(kept_of_top_k, kept_of_nucleus), kept_of_nucleus)
+        threshold = nucleus
     if drawn & (min_p > 0.0):
         lowest = _lowest_probable(logits, min_p, largest, temperature, num_columns, TILE, SHIFT)
         quota = tl.where(lowest > threshold, _NO_QUOTA, quota)
         threshold = tl.maximum(threshold, lowest.to(tl.int64))
     tl.store(thresholds_ptr + row * 2, threshold.to(tl.int32))
-    tl.store(thresholds_ptr + row * 2 + 1, quota)
+    tl.store(thresholds_ptr + row * 2 + 1, quota.to(tl.int32))
 
 
 @triton.jit
-def _above(logits_ptr, threshold, largest, temperature, num_columns, TILE: tl.constexpr, SHIFT: tl.constexpr):
-    """How many logits are above the threshold, and the sum of their weights."""
+def _count_above(logits_ptr, threshold, num_columns, TILE: tl.constexpr, SHIFT: tl.constexpr):
+    """How many logits are above the threshold: int64."""
     count = tl.zeros([TILE], tl.int32)
+    for first in range(0, num_columns, TILE):
+        column = first + tl.arange(0, TILE)
+        inside = column < num_columns
+        logits = tl.load(logits_ptr + column, mask=inside, other=-float("inf")).to(tl.float32)
+        count += (inside & (_ordered(logits, SHIFT) > threshold)).to(tl.int32)
+    return tl.sum(count, 0).to(tl.int64)
+
+
+@triton.jit
+def _mass_above(logits_ptr, threshold, largest, temperature, num_columns, TILE: tl.constexpr, SHIFT: tl.constexpr):
+    """The sum of the weights of the logits above the threshold: float64."""
     mass = tl.zeros([TILE], tl.float64)
     for first in range(0, num_columns, TILE):
         column = first + tl.arange(0, TILE)
         inside = column < num_columns
         logits = tl.load(logits_ptr + column, mask=inside, other=-float("inf")).to(tl.float32)
         kept = inside & (_ordered(logits, SHIFT) > threshold)
-        count += kept.to(tl.int32)
         mass += tl.where(kept, tl.exp((logits - largest) / temperature), 0.0).to(tl.float64)
-    return tl.sum(count, 0).to(tl.int64), tl.sum(mass, 0)
+    return tl.sum(mass, 0)
 
 
 @triton.jit
