@@ -44,7 +44,10 @@ def measure(logits: torch.Tensor, chosen: torch.Tensor, num_columns: int, k: int
         k: how many of the most likely tokens, 0 to `num_columns`.
     """
     at_once = _MAX_ELEMENTS_CPU if logits.device.type == "cpu" else _MAX_ELEMENTS
-    parts = [_measured(logits[rows], chosen[rows], num_columns, k) for rows in _parts(*logits.shape, at_once)]
+    parts = [
+        _measured(logits[rows], chosen[rows], num_columns, k)
+        for rows in _parts(logits.shape[0], logits.shape[1], at_once)
+    ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
