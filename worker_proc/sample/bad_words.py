@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from folovllm.worker_proc.host_to_device import upload
-from folovllm.worker_proc.sample.constraints import Precedence, RowTokens
+from folovllm.worker_proc.sample.constraints import Precedence, RowTokens, forbid
 from folovllm.worker_proc.wire_fields import Ids
 
 _ANY = -1
@@ -63,7 +63,7 @@ class BadWords:
     def apply(self, logits: torch.Tensor) -> None:
         words = self._words
         if words.heads.shape[1] == 0:
-            logits[words.rows, words.tokens] = -math.inf
+            forbid(logits, words.rows, words.tokens)
             return
         num_matches = torch.zeros_like(words.rows).index_add_(0, words.word_places, self._matches().to(torch.int64))
         old = logits[words.rows, words.tokens]

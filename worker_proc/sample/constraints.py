@@ -114,7 +114,12 @@ class MinTokens:
         self._rows, self._tokens = _places(known, device)
 
     def apply(self, logits: torch.Tensor) -> None:
-        logits[self._rows, self._tokens] = -math.inf
+        forbid(logits, self._rows, self._tokens)
+
+
+def forbid(logits: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> None:
+    """Sets logits to -inf at (row, token). Assigning the number itself would copy it from the host, and wait."""
+    logits.index_put_((rows, tokens), logits.new_full((), -math.inf))
 
 
 def apply_constraints(logits: torch.Tensor, constraints: Sequence[Constraint]) -> None:
