@@ -8,6 +8,7 @@ import torch
 from folovllm.common.errors import ConfigError
 from folovllm.worker_proc import device as device_module
 from folovllm.worker_proc.device import (
+    Placement,
     available_memory,
     cgroup_cpu_quota,
     cgroup_memory_left,
@@ -16,6 +17,7 @@ from folovllm.worker_proc.device import (
     dtype_name,
     meminfo_available,
     physical_core,
+    place,
     resolve_dtype,
     set_threads,
     usable_threads,
@@ -118,3 +120,8 @@ def test_usable_threads(monkeypatch: pytest.MonkeyPatch, quota: float, threads: 
     assert 1 <= usable_threads() <= allowed
     if threads is not None:
         assert usable_threads() == threads
+
+
+def test_the_cpu_has_no_triton_layers() -> None:
+    placement = place(torch.device("cpu"), torch.bfloat16)
+    assert placement == Placement(torch.device("cpu"), torch.bfloat16, use_triton=False, dependent_launch=False)

@@ -1,8 +1,10 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from folovllm.worker_proc.device import Placement
 from folovllm.worker_proc.layers.linear import Linear, can_pack
+from folovllm.worker_proc.layers.norm import RMSNorm
 
 CPU = torch.device("cpu")
 
@@ -56,3 +58,17 @@ def test_a_tied_layer_leaves_the_embedding_as_it_is() -> None:
         layer.pack()
         torch.testing.assert_close(layer(x), plain)
     assert torch.equal(embedding, before)
+
+
+def test_products_with_what_stands_before_and_after_them() -> None:
+    placement = Placement(torch.device("cpu"), torch.float32)
+    norm, linear = RMSNorm(6, 1e-6, placement), Linear(6, {"gate": 4, "up": 4}, placement)
+    norm.weight.uniform_(0.5, 1.5)
+    linear.weight.normal_()
+    hidden = torch.randn(3, 6)
+    product = F.rms_norm(hidden, (6,), norm.weight, 1e-6) @ linear.weight.t()
+    torch.testing.assert_close(linear.of_normed(hidden, norm), product)
+    torch.testing.assert_close(linear.gated(hidden, norm), F.silu(product[:, :4]) * product[:, 4:])
+    total = torch.ones(3, 8)
+    linear.add_to(total, hidden)
+    torch.testing.assert_close(total, 1 + hidden @ linear.weight.t())
