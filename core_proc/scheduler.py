@@ -224,7 +224,7 @@ class Scheduler:
         2. What is left of the budget goes to prompts (and to what was lost): as much as the target for the time between
            tokens allows, where there is one.
         3. If the first of the prompts that run will not be done in this step, up to half of that goes to later ones
-           that are: short prompts overtake a long one, which never waits for more than twice its time.
+           that have half as much left or less: short prompts overtake a long one, which takes twice its time at most.
         4. The rest goes to running prompts in order of rank, then, unless somebody was preempted, to waiting requests
            in the queue's order, which are admitted while there are slots, and blocks for all their known tokens with a
            reserve (the watermark) for those who run already.
@@ -350,14 +350,15 @@ class Scheduler:
         step.budget = min(step.budget, max(most, _SMALLEST_CHUNK))
 
     def _overtake(self, step: StepBuilder, prompts: Sequence[Request], now_s: float) -> None:
-        """Prompts behind a long one that can be done with half of the budget are done in this step."""
+        """Half of the budget goes to prompts that have half as much left as the first, or less; the shortest first."""
         if not prompts or self._num_left(prompts[0]) <= step.budget:
             return
-        reserved = step.budget - step.budget // 2
-        for request in prompts[1:]:
+        reserved, longest = step.budget - step.budget // 2, self._num_left(prompts[0]) // 2
+        for request in sorted(prompts[1:], key=self._num_left):
             num_left = self._num_left(request)
-            if num_left <= min(step.budget - reserved, self._max_chunk):
-                self._add_chunk(step, request, num_left)
+            num_tokens = min(num_left, step.budget - reserved, self._max_chunk)
+            if num_tokens and num_left <= longest:
+                self._add_chunk(step, request, num_tokens)
         level = self._queue.rank(prompts[0])[0]
         for request in self._queue.first(_MOST_OVERTAKING):
             if self._queue.rank(request)[0] > level or not self._can_admit(step) or not request.has_mask:
@@ -366,9 +367,11 @@ class Scheduler:
             if not self._fits(request, prefix):
                 return
             num_left = request.num_confirmed_tokens - prefix.num_tokens
-            if num_left <= min(step.budget - reserved, self._max_chunk):
+            num_tokens = min(num_left, step.budget - reserved, self._max_chunk)
+            may_be_partial = num_tokens == num_left or self._num_partial(step) < self._max_num_partial
+            if num_tokens and num_left <= longest and may_be_partial:
                 self._queue.remove(request)
-                self._admit(request, prefix, num_left, step, now_s)
+                self._admit(request, prefix, num_tokens, step, now_s)
 
     def _continue_chunks(self, step: StepBuilder, prompts: Sequence[Request]) -> None:
         for request in prompts:

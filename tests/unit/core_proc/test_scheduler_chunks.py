@@ -31,10 +31,38 @@ def test_a_short_prompt_overtakes_a_long_one_and_takes_at_most_half() -> None:
     engine.turn()
     assert steps_of(engine)[1] == {1: 8, 0: 8}
     assert fits.first_token_at_s is not None
-    (too_long,) = engine.add(9, max_tokens=2)
+    (longer,) = engine.add(9, max_tokens=2)
     engine.turn()
-    assert steps_of(engine)[2] == {1: 1, 0: 15}
-    assert too_long.status is RequestStatus.WAITING
+    assert steps_of(engine)[2] == {1: 1, 2: 7, 0: 8}
+    engine.turn()
+    assert steps_of(engine)[3] == {2: 2, 0: 14}
+    assert longer.first_token_at_s is not None
+    engine.run()
+
+
+def test_a_prompt_of_more_than_half_of_what_is_left_does_not_overtake() -> None:
+    engine = SimulatedEngine(max_num_seqs=4, max_num_batched_tokens=16, depth=1, enable_prefix_caching=False)
+    engine.add(60, max_tokens=2)
+    engine.turn()
+    (other,) = engine.add(23, max_tokens=2)
+    engine.turn()
+    assert steps_of(engine)[1] == {0: 16}
+    assert other.status is RequestStatus.WAITING
+    engine.run()
+
+
+def test_of_those_that_overtake_the_shortest_comes_first_and_who_runs_before_who_waits() -> None:
+    engine = SimulatedEngine(
+        max_num_seqs=5, max_num_batched_tokens=16, num_blocks=100, depth=1, enable_prefix_caching=False
+    )
+    engine.add(120, max_tokens=2)
+    engine.turn()
+    engine.add(40, max_tokens=2)
+    engine.add(6, max_tokens=2)
+    engine.turn()
+    assert steps_of(engine)[1] == {1: 8, 0: 8}
+    engine.turn()
+    assert steps_of(engine)[2] == {1: 8, 0: 8}
     engine.run()
 
 
