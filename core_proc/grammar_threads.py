@@ -177,10 +177,11 @@ class Grammars:
                 if mask is None:
                     self._over.append(answer)
                 self._num_advancing -= 1
-                if not self._num_advancing:
-                    self._is_settled.notify()
                 if self._loop_went_on:
                     os.eventfd_write(self.fd, 1)
+                if not self._num_advancing:
+                    self._loop_went_on = False
+                    self._is_settled.notify()
 
 
 def _compiled(grammar: Grammar, vocabulary: Vocabulary | GrammarError) -> CompiledGrammar | GrammarError:
