@@ -24,7 +24,6 @@ Words = npt.NDArray[np.uint32]
 
 # A model that is at a loss writes blanks for ever; this many between two parts are enough for any indentation.
 _WHITESPACE: Final = r"[\x20\x0A\x0D\x09]{1,64}"
-_DEFAULTS: Final[dict[str, Any]] = {"whitespace_pattern": _WHITESPACE}
 _OVERRIDES: Final[dict[str, Any]] = {"lenient": False, "coerce_one_of": False}
 _REGEX_SIGNS: Final = frozenset("\\.+*?()|[]{}^$#&-~/")
 _OPTIONS: Final = "%llguidance"
@@ -188,7 +187,9 @@ def _json_lark(text: str) -> str:
         options = schema.get("x-guidance", {})
         if not isinstance(options, dict):
             raise GrammarError("x-guidance must be a JSON object")
-        return "start: %json " + json.dumps(schema | {"x-guidance": _DEFAULTS | options | _OVERRIDES})
+        if "whitespace_flexible" not in options:
+            options = {"whitespace_pattern": _WHITESPACE, **options}
+        return "start: %json " + json.dumps(schema | {"x-guidance": options | _OVERRIDES})
     except (ValueError, RecursionError) as error:
         raise GrammarError(f"the schema is not valid JSON: {error}") from error
 

@@ -92,6 +92,24 @@ def test_schemas_are_enforced(name: str, vocabulary: Vocabulary, writers: np.nda
     )
 
 
+def test_blanks_between_the_parts_are_bounded_and_can_be_forbidden(
+    vocabulary: Vocabulary, writers: np.ndarray[Any, np.dtype[np.int64]]
+) -> None:
+    schema = ENFORCED["strict tool"]
+    matcher = Matcher(CompiledGrammar(Grammar("json", json.dumps(schema)), vocabulary), np.array([END], np.int32))
+    mask: bytes | None = matcher.take(token(vocabulary, "{"))
+    blank, num_blanks = token(vocabulary, " "), 0
+    while mask is not None and blank in allowed(mask):
+        mask = matcher.take(blank)
+        num_blanks += 1
+    assert num_blanks == 64
+
+    def check(text: str) -> None:
+        assert re.fullmatch(r'\{"a":-?[0-9]+\}', text)
+
+    texts_of(Grammar("json", json.dumps(ENFORCED["no blanks"])), vocabulary, writers, check)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_L28_schemas_that_cannot_be_enforced_are_refused_with_the_cause(name: str, vocabulary: Vocabulary) -> None:
     schema, cause = REFUSED[name]
