@@ -142,7 +142,7 @@ def _run(scheduler: Scheduler, grammars: Grammars, model: _MaskedModel, depth: i
         if in_flight:
             scheduler.update_from_output(in_flight.popleft(), 0.0)
         assert not grammars.settle(), "the grammar has no end"
-        steps = []
+        steps: list[SchedulerOutput] = []
         while len(in_flight) + len(steps) < depth and (step := scheduler.schedule(0.0)) is not None:
             encode(step)
             steps.append(step)

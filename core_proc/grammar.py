@@ -10,6 +10,7 @@ follow, the answer is over without another token. llguidance's idea of an EOS to
 
 import json
 import pathlib
+import re
 from typing import Any, Final
 
 import llguidance
@@ -29,7 +30,10 @@ _REGEX_SIGNS: Final = frozenset("\\.+*?()|[]{}^$#&-~/")
 _OPTIONS: Final = "%llguidance"
 # Where only one text can follow, llguidance would allow that text's own tokens alone; and where it contains that of a
 # special token, even this one, which is no text at all.
-_NO_FORCING: Final = f'{_OPTIONS} {{"no_forcing": true}}\n'
+_NO_FORCING: Final = f'\n{_OPTIONS} {{"no_forcing": true}}\n'  # at the end: line numbers in errors are the user's
+# Where a user wrote no Lark, its place and line in ours tell nothing.
+_OWN_SOURCE: Final = re.compile(r"^at \d+\(\d+\): |\n +\d+ \| .*", re.DOTALL)
+_OWN_OPTIONS: Final = re.compile(r"\n +\d+ \| %llguidance .*")
 _LARK_TEMPERATURE: Final = "temperature"
 _MAX_CAUSE_CHARACTERS: Final = 1000
 _NON_VERBOSE: Final = "<non-verbose/>"
@@ -93,7 +97,9 @@ class CompiledGrammar:
         limits = llguidance.LLParserLimits(verbose_errors=False)
         self.vocabulary = vocabulary
         self._start = llguidance.LLMatcher(vocabulary.tokenizer, source, log_level=0, limits=limits)
-        _raise_error_of(self._start)
+        if self._start.is_error():
+            cause = _cause_in(self._start)
+            raise GrammarError((_OWN_OPTIONS if grammar.kind == "lark" else _OWN_SOURCE).sub("", cause).strip())
         warnings = self._start.get_grammar_warnings()
         if warnings:
             raise GrammarError("; ".join(warnings)[:_MAX_CAUSE_CHARACTERS])
@@ -157,7 +163,7 @@ class Matcher:
 
 def _source(grammar: Grammar) -> str:
     """The grammar in llguidance's form."""
-    return llguidance.LLMatcher.grammar_from_lark(_NO_FORCING + _as_lark(grammar))
+    return llguidance.LLMatcher.grammar_from_lark(_as_lark(grammar) + _NO_FORCING)
 
 
 def _as_lark(grammar: Grammar) -> str:

@@ -222,6 +222,15 @@ def test_grammars_that_cannot_be_enforced_are_refused_with_the_cause(
         CompiledGrammar(grammar, vocabulary)
 
 
+def test_causes_say_nothing_of_how_a_schema_is_passed_on(vocabulary: Vocabulary) -> None:
+    with pytest.raises(GrammarError) as caught:
+        CompiledGrammar(Grammar("json", '{"type": "objekt"}'), vocabulary)
+    assert str(caught.value) == "failed to compile JSON schema: Invalid type: objekt"
+    with pytest.raises(GrammarError) as caught:
+        CompiledGrammar(Grammar("lark", "start: a\na: B"), vocabulary)
+    assert str(caught.value).startswith("at 2(4): unknown name") and "llguidance" not in str(caught.value)
+
+
 def token(vocabulary: Vocabulary, text: str) -> int:
     (token_id,) = vocabulary.tokenizer.tokenize_str(text)
     return token_id
