@@ -1,5 +1,6 @@
 """What holds for every test: no hub, repeatable Hypothesis runs, GPU tests only with CUDA, no process left over."""
 
+import logging
 import os
 from collections.abc import Iterator
 
@@ -29,6 +30,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in gpu_tests:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """A test that sets logging up, as a process's main does, does not change what later tests capture."""
+    logger = logging.getLogger("folovllm")
+    handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.propagate = handlers, propagate
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session", autouse=True)
