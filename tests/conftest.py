@@ -11,6 +11,8 @@ import pytest
 # Before any test module loads a library that reads them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# The oracle's threads must not spin for milliseconds while the engine's want the cores (see `child_environment`).
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 pytest_plugins = ["tests.fakes.models"]
 

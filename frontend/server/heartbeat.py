@@ -86,6 +86,7 @@ class Heartbeat:
                 logger.error("%s: %d requests are ended", verdict.stuck, self._context.num_active)
                 await self._context.abort_all()
             await asyncio.sleep(self._timeout_s / 2)
+        self._context.stuck = str(self._context.llm.failure)
 
     async def _beat(self, watch: Watch) -> Verdict:
         try:
