@@ -12,6 +12,7 @@ means that nothing is chosen by a stopwatch, which could let one request come ou
 import itertools
 import platform
 from collections.abc import Iterator, Mapping
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,63 @@ from folovllm.worker_proc.layers.norm import RMSNorm
 _ROWS_TO_PACK_FOR = 16
 _GEMV_ROWS = 4  # up to so many rows `kernels.triton.gemv` is faster than cuBLAS
 _GEMV_COLUMNS = 4096  # it holds a row of the weight in registers
+
+
+class LinearLayer(Protocol):
+    """What a network asks of one of its linear layers, whatever its weight is stored as."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, in_features] → [T, out_features]."""
+        ...
+
+    def of_normed(self, hidden: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """The product of the normed `hidden` [T, in_features]."""
+        ...
+
+    def gated(self, hidden: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """`silu(gate) · up` of the normed `hidden`, for a weight that is gate and up: [T, out_features / 2]."""
+        ...
+
+    def add_to(self, hidden: torch.Tensor, x: torch.Tensor) -> None:
+        """Adds the product of `x` [T, in_features] to `hidden` [T, out_features], in place."""
+        ...
+
+    def checkpoint_tensors(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """Where each of the checkpoint's tensors goes: (name, what it is copied into)."""
+        ...
+
+    def pack(self) -> None:
+        """To be called once its tensors are filled; those handed out before may not reach the weight any more."""
+        ...
+
+
+class LinearMaker(Protocol):
+    """Makes a network's linear layers: where a quantization method says, module by module, what a projection is."""
+
+    def __call__(
+        self, prefix: str, in_features: int, parts: Mapping[str, int], /, *, bias: bool = False
+    ) -> LinearLayer:
+        """A layer of one or several projections of the same input.
+
+        Args:
+            prefix: full name of the module that holds them, with its dot ("model.layers.3.self_attn."); "" at the top.
+            in_features: size of the input.
+            parts: the projections' names in that module and their output sizes; the outputs lie side by side.
+            bias: whether each has a bias.
+        """
+        ...
+
+
+class DenseLinears:
+    """The maker for checkpoints that are not quantized: projections of one input become one product."""
+
+    def __init__(self, placement: Placement) -> None:
+        self._placement = placement
+
+    def __call__(
+        self, _prefix: str, in_features: int, parts: Mapping[str, int], /, *, bias: bool = False
+    ) -> LinearLayer:
+        return Linear(in_features, parts, self._placement, bias=bias)
 
 
 class Linear:

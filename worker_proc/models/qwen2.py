@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from folovllm.common.model_config import ModelConfig
 from folovllm.worker_proc.attention.backend import AttentionStep
 from folovllm.worker_proc.device import Placement
-from folovllm.worker_proc.layers.linear import Linear
+from folovllm.worker_proc.layers.linear import Linear, LinearLayer, LinearMaker
 from folovllm.worker_proc.layers.norm import RMSNorm
 from folovllm.worker_proc.layers.rotary import HeadRotation, RotaryTable
 
@@ -19,13 +19,14 @@ from folovllm.worker_proc.layers.rotary import HeadRotation, RotaryTable
 class Qwen2ForCausalLM:
     """Qwen2 with its language model head. Only q, k and v projections have a bias, always."""
 
-    def __init__(self, config: ModelConfig, placement: Placement, max_model_len: int) -> None:
-        self.model = Qwen2Model(config, placement, max_model_len)
+    def __init__(self, config: ModelConfig, placement: Placement, max_model_len: int, linears: LinearMaker) -> None:
+        self.model = Qwen2Model(config, placement, max_model_len, linears)
         self._tied = config.tie_word_embeddings
+        self.lm_head: LinearLayer
         if self._tied:
             self.lm_head = Linear.tied(self.model.embed_tokens)
         else:
-            self.lm_head = Linear(config.hidden_size, {"lm_head": config.vocab_size}, placement)
+            self.lm_head = linears("", config.hidden_size, {"lm_head": config.vocab_size})
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, attention: AttentionStep) -> torch.Tensor:
         """Token ids [T] and their positions [T] (int64) → hidden states [T, hidden_size], the last norm applied."""
@@ -52,10 +53,12 @@ class Qwen2ForCausalLM:
 
 
 class Qwen2Model:
-    def __init__(self, config: ModelConfig, placement: Placement, max_model_len: int) -> None:
+    def __init__(self, config: ModelConfig, placement: Placement, max_model_len: int, linears: LinearMaker) -> None:
         shape = (config.vocab_size, config.hidden_size)
         self.embed_tokens = torch.empty(shape, dtype=placement.dtype, device=placement.device)
-        self.layers = [Qwen2DecoderLayer(config, index, placement) for index in range(config.num_hidden_layers)]
+        self.layers = [
+            Qwen2DecoderLayer(config, index, placement, linears) for index in range(config.num_hidden_layers)
+        ]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, placement)
         self.rotary = RotaryTable(config.rope, config.head_dim, max_model_len, placement)
 
@@ -74,9 +77,9 @@ class Qwen2Model:
 
 
 class Qwen2DecoderLayer:
-    def __init__(self, config: ModelConfig, index: int, placement: Placement) -> None:
-        self.self_attn = Qwen2Attention(config, index, placement)
-        self.mlp = Qwen2MLP(config, placement)
+    def __init__(self, config: ModelConfig, index: int, placement: Placement, linears: LinearMaker) -> None:
+        self.self_attn = Qwen2Attention(config, index, placement, linears)
+        self.mlp = Qwen2MLP(config, index, linears)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, placement)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, placement)
 
@@ -99,7 +102,7 @@ class Qwen2DecoderLayer:
 
 
 class Qwen2Attention:
-    def __init__(self, config: ModelConfig, index: int, placement: Placement) -> None:
+    def __init__(self, config: ModelConfig, index: int, placement: Placement, linears: LinearMaker) -> None:
         self.index = index
         self.num_heads, self.num_kv_heads, self.head_dim = (
             config.num_attention_heads,
@@ -108,8 +111,9 @@ class Qwen2Attention:
         )
         q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         projections = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
-        self.qkv_proj = Linear(config.hidden_size, projections, placement, bias=True)
-        self.o_proj = Linear(q_size, {"o_proj": config.hidden_size}, placement)
+        prefix = f"model.layers.{index}.self_attn."
+        self.qkv_proj = linears(prefix, config.hidden_size, projections, bias=True)
+        self.o_proj = linears(prefix, q_size, {"o_proj": config.hidden_size})
         self.rotate = HeadRotation(placement)
 
     def add_to(
@@ -136,10 +140,10 @@ class Qwen2Attention:
 
 
 class Qwen2MLP:
-    def __init__(self, config: ModelConfig, placement: Placement) -> None:
-        size = config.intermediate_size
-        self.gate_up_proj = Linear(config.hidden_size, {"gate_proj": size, "up_proj": size}, placement)
-        self.down_proj = Linear(size, {"down_proj": config.hidden_size}, placement)
+    def __init__(self, config: ModelConfig, index: int, linears: LinearMaker) -> None:
+        size, prefix = config.intermediate_size, f"model.layers.{index}.mlp."
+        self.gate_up_proj = linears(prefix, config.hidden_size, {"gate_proj": size, "up_proj": size})
+        self.down_proj = linears(prefix, size, {"down_proj": config.hidden_size})
 
     def add_to(self, hidden: torch.Tensor, norm: RMSNorm) -> None:
         """Adds the MLP's output to `hidden` [T, hidden_size], of which it sees the normed."""

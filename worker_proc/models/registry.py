@@ -8,6 +8,7 @@ import torch
 from folovllm.common.model_config import Architecture, ModelConfig
 from folovllm.worker_proc.attention.backend import AttentionStep
 from folovllm.worker_proc.device import Placement
+from folovllm.worker_proc.layers.linear import DenseLinears, LinearMaker
 from folovllm.worker_proc.models.llama import LlamaForCausalLM
 from folovllm.worker_proc.models.qwen2 import Qwen2ForCausalLM
 from folovllm.worker_proc.models.qwen3 import Qwen3ForCausalLM
@@ -40,7 +41,9 @@ class CausalLM(Protocol):
 class CausalLMClass(Protocol):
     """What makes a CausalLM."""
 
-    def __call__(self, config: ModelConfig, placement: Placement, max_model_len: int) -> CausalLM: ...
+    def __call__(
+        self, config: ModelConfig, placement: Placement, max_model_len: int, linears: LinearMaker
+    ) -> CausalLM: ...
 
 
 MODELS: dict[Architecture, CausalLMClass] = {
@@ -50,6 +53,11 @@ MODELS: dict[Architecture, CausalLMClass] = {
 }
 
 
-def build_model(config: ModelConfig, placement: Placement, max_model_len: int) -> CausalLM:
-    """The network with its memory allocated and its weights not yet filled (see `weights`)."""
-    return MODELS[config.architecture](config, placement, max_model_len)
+def build_model(
+    config: ModelConfig, placement: Placement, max_model_len: int, linears: LinearMaker | None = None
+) -> CausalLM:
+    """The network with its memory allocated and its weights not yet filled (see `weights`).
+
+    `linears` makes its linear layers: dense ones by default, a quantization method's for a checkpoint that it wrote.
+    """
+    return MODELS[config.architecture](config, placement, max_model_len, linears or DenseLinears(placement))

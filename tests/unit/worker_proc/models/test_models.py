@@ -2,7 +2,7 @@
 
 import functools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from folovllm.worker_proc.attention.paged import PagedBackend
 from folovllm.worker_proc.attention.torch_naive import TorchNaiveBackend
 from folovllm.worker_proc.device import Placement
 from folovllm.worker_proc.kv_tensors import KVTensors
+from folovllm.worker_proc.layers.linear import DenseLinears, LinearLayer
 from folovllm.worker_proc.models.registry import MODELS, CausalLM, build_model
 from folovllm.worker_proc.weights import fill_dummy_weights, load_weights
 from tests.fakes.attention import PagedRequest, build_metadata, positions_of, scattered_blocks
@@ -234,3 +235,23 @@ def test_dummy_weights_are_a_function_of_the_seed(tiny: Any) -> None:
     assert torch.equal(drawn[0][name], drawn[1][name]) and not torch.equal(drawn[0][name], drawn[2][name])
     assert 0.018 < drawn[0][name].std() < 0.022
     assert torch.equal(drawn[0]["model.layers.0.self_attn.q_norm.weight"], torch.ones(16))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_maker_is_asked_for_every_linear_layer_by_its_full_name(tiny: Any, family: str) -> None:
+    config = read_model_config(tiny(family, "default"))
+    asked: list[tuple[str, tuple[int, ...]]] = []
+
+    class Recorder(DenseLinears):
+        def __call__(
+            self, prefix: str, in_features: int, parts: Mapping[str, int], /, *, bias: bool = False
+        ) -> LinearLayer:
+            asked.extend((f"{prefix}{name}.weight", (size, in_features)) for name, size in parts.items())
+            asked.extend((f"{prefix}{name}.bias", (size,)) for name, size in parts.items() if bias)
+            return super().__call__(prefix, in_features, parts, bias=bias)
+
+    model = build_model(config, FLOAT32, MAX_POSITIONS, Recorder(FLOAT32))
+    tensors = {name: tuple(place.shape) for name, place in model.checkpoint_tensors()}
+    others = {name for name in tensors if "norm" in name or "embed" in name}
+    assert dict(asked) == {name: shape for name, shape in tensors.items() if name not in others}
+    assert len(asked) == len(dict(asked)) >= 7 * config.num_hidden_layers + 1
