@@ -131,7 +131,10 @@ class Grammars:
         self._tokens.put(None)
         for thread in self._threads:
             thread.join(_JOIN_S)
-        os.close(self.fd)
+        if not any(
+            thread.is_alive() for thread in self._threads
+        ):  # else one would write to whatever gets the number next
+            os.close(self.fd)
 
     def _advance(self, answer: AnswerGrammar, token_id: int) -> None:
         with self._is_settled:
@@ -144,18 +147,26 @@ class Grammars:
         vocabulary = self._vocabulary()
         while (wanted := self._wanted.get()) is not None:
             grammar, requests = wanted
-            compiled = self._kept.get(grammar)
-            if compiled is None:
-                compiled = _compiled(grammar, vocabulary)
-            self._kept[grammar] = compiled
-            self._kept.move_to_end(grammar)
-            if len(self._kept) > MAX_KEPT:
-                self._kept.popitem(last=False)
-            if isinstance(compiled, CompiledGrammar):
-                self._equip(requests, compiled)
+            error = ""
+            if not all(request.is_finished for request in requests):  # aborted or timed out in the queue: no work
+                compiled = self._compiled_once(grammar, vocabulary)
+                if isinstance(compiled, CompiledGrammar):
+                    self._equip(requests, compiled)
+                else:
+                    error = str(compiled)
             with self._is_settled:
-                self._compiled.append(Compilation(requests, str(compiled) if isinstance(compiled, Exception) else ""))
+                self._compiled.append(Compilation(requests, error))
             os.eventfd_write(self.fd, 1)
+
+    def _compiled_once(self, grammar: Grammar, vocabulary: Vocabulary | GrammarError) -> CompiledGrammar | GrammarError:
+        compiled = self._kept.get(grammar)
+        if compiled is None:
+            compiled = _compiled(grammar, vocabulary)
+        self._kept[grammar] = compiled
+        self._kept.move_to_end(grammar)
+        if len(self._kept) > MAX_KEPT:
+            self._kept.popitem(last=False)
+        return compiled
 
     def _vocabulary(self) -> Vocabulary | GrammarError:
         try:

@@ -1,6 +1,7 @@
 """The threads beside the loop: nobody is waited for longer than said, nothing is lost, everything comes to an end."""
 
 import json
+import os
 import select
 import threading
 from collections.abc import Iterator
@@ -185,6 +186,42 @@ def test_answers_that_have_ended_are_not_followed(grammars: Grammars) -> None:
     answer_of(request).advance(ord("a"))
     grammars.settle()
     assert answer_of(request).matcher.num_tokens == 0
+
+
+def test_nothing_is_compiled_for_requests_that_have_ended(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_anew = grammar_threads._compiled
+    compiled: list[str] = []
+
+    def noted(grammar: Grammar, vocabulary: Vocabulary | GrammarError) -> CompiledGrammar | GrammarError:
+        compiled.append(grammar.text)
+        return compile_anew(grammar, vocabulary)
+
+    monkeypatch.setattr(grammar_threads, "_compiled", noted)
+    aborted, live = a_request(), a_request()
+    aborted.become(RequestStatus.FINISHED_ABORTED, "test")
+    assert compile_now(grammars, choice("ab"), aborted) == Compilation([aborted])
+    assert (compiled, aborted.grammar) == ([], None)
+    assert compile_now(grammars, choice("ab"), aborted, live).error == ""
+    assert len(compiled) == 1 and live.has_mask
+
+
+def test_the_descriptor_outlives_a_thread_that_is_still_at_work(
+    vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    grammars = Grammars(lambda: vocabulary, settle_s=0.0)
+    request = a_request()
+    compile_now(grammars, choice("ab"), request)
+    answer_of(request).advance(ord("a"))
+    assert gate.entered.wait(WAIT_S)
+    monkeypatch.setattr(grammar_threads, "_JOIN_S", 0.01)
+    grammars.close()
+    os.fstat(grammars.fd)
+    gate.open.set()
+    monkeypatch.setattr(grammar_threads, "_JOIN_S", WAIT_S)
+    grammars.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(grammars.fd)
 
 
 def test_the_last_used_grammars_are_kept(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
