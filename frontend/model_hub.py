@@ -26,8 +26,11 @@ def resolve(model: str | os.PathLike[str]) -> Path:
             An existing folder comes first, but one called `demo` only if it holds a model.
 
     Raises:
+        TypeError: it is no text and no path.
         ModelError: it is none of the three, the folder lacks config.json, or the download fails.
     """
+    if not isinstance(model, str | os.PathLike):
+        raise TypeError(f"model={model!r} must be a folder, {DEMO!r} or a hub id, as text or path")
     path = Path(model).expanduser()
     name = os.fspath(model)
     if path.is_dir() and (name != DEMO or (path / _CONFIG).is_file()):

@@ -1,5 +1,6 @@
 import sys
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -48,6 +49,12 @@ def test_an_unknown_name_is_refused_with_the_three_possibilities(
         assert all(part in message for part in ("local folder", "'demo'", "'organisation/name'"))
     else:
         assert "config.json is missing" in message  # "" is the working folder
+
+
+@pytest.mark.parametrize("model", [3, None, b"demo"])
+def test_what_is_no_name_is_refused(model: Any) -> None:
+    with pytest.raises(TypeError, match="must be a folder, 'demo' or a hub id"):
+        resolve(model)
 
 
 def test_demo_is_the_demo_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
