@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Callable
 from types import TracebackType
 from typing import TypeVar, Unpack
 
-from folovllm.common.errors import EngineDeadError, FoloVLLMError, RequestError
+from folovllm.common.errors import EngineDeadError, FoloVLLMError, ProtocolError, RequestError
 from folovllm.common.messages.frontend_core import EngineCoreOutputs, EngineSnapshot, EngineStats, Welcome
 from folovllm.common.sampling_params import SamplingParams
 from folovllm.frontend.chat_request import ChatOptions, Conversation, render
@@ -229,9 +229,14 @@ class AsyncLLM:
         number = client.allocate(request.params.n, outputs.live)
         state = outputs.add(request, number, stream=True, now=time.monotonic(), on_news=news.set)
         self._states.append(state)
-        if not state.finished:
-            client.add([request.for_core(number, stream=True)])
-            self._receive_soon(loop)
+        try:
+            if not state.finished:
+                client.add([request.for_core(number, stream=True)])
+                self._receive_soon(loop)
+        except BaseException:  # it cannot be written down, or the connection is closed
+            self._states.remove(state)
+            outputs.forget(state)
+            raise
         return state
 
     def _abort(self, loop: asyncio.AbstractEventLoop, numbers: list[int]) -> None:
@@ -261,10 +266,17 @@ class AsyncLLM:
                     self._open.client.abort(to_abort)
                 elif message.ticket in self._questions and not self._questions[message.ticket].done():
                     self._questions[message.ticket].set_result(message)
+        except ProtocolError as error:
+            self._hang_up(self._open.client.give_up(error))
         except FoloVLLMError as error:
-            if self._loop is not None:
-                self._unwatch(self._loop)
-            self._fail(error)
+            self._hang_up(error)
+
+    def _hang_up(self, error: FoloVLLMError) -> None:
+        """The link is of no more use; an engine that still runs drops the requests of this frontend."""
+        if self._loop is not None:
+            self._unwatch(self._loop)
+        self._open.client.close()
+        self._fail(error)
 
     def _fail(self, error: FoloVLLMError) -> None:
         """From now on every call raises `error`, and so do those in work."""

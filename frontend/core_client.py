@@ -12,10 +12,10 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from folovllm.common.errors import EngineDeadError, ProtocolError
+from folovllm.common.log import get_logger
 from folovllm.common.messages.frontend_core import (
     AbortRequests,
     AddRequests,
-    CoreToFrontend,
     EngineCoreOutputs,
     EngineCoreRequest,
     EngineFailed,
@@ -29,9 +29,12 @@ from folovllm.common.messages.frontend_core import (
     Welcome,
 )
 from folovllm.common.messages.lifecycle import PROTOCOL_VERSION, BadFrame, Hello
-from folovllm.common.transport import Decoder, connect, encode, new_socket
+from folovllm.common.transport import connect, encode, new_socket
 from folovllm.frontend import int32
+from folovllm.frontend.core_frames import FrameReader
 from folovllm.frontend.engine_process import EngineProcess
+
+logger = get_logger(__name__)
 
 NUMBER_LIMIT = 2**31
 _MAX_REQUESTS_PER_FRAME = 256  # the core does nothing else while it admits them
@@ -67,7 +70,7 @@ class CoreClient:
         self._endpoint = endpoint
         self._engine = engine
         self._failure: EngineDeadError | None = None
-        self._decoder: Decoder[CoreToFrontend] = Decoder(CoreToFrontend)
+        self._frames = FrameReader()
         self._next_number = 0
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = new_socket(self._context, zmq.DEALER)
@@ -96,7 +99,7 @@ class CoreClient:
             if frame is None:
                 self._check_alive()
                 continue
-            message = self._decoder.decode(frame)
+            message, _ = self._frames.read(frame)
             if isinstance(message, Welcome):
                 return message
             if isinstance(message, BadFrame):
@@ -144,7 +147,8 @@ class CoreClient:
 
     def receive(self, timeout_s: float | None = None) -> list[Received]:
         """Waits until something comes; empty if nothing did in time. Raises EngineDeadError once the core ends."""
-        self._poller.poll(None if timeout_s is None else max(0, int(timeout_s * 1000)))
+        if self._failure is None:
+            self._poller.poll(None if timeout_s is None else max(0, int(timeout_s * 1000)))
         return self.receive_ready()
 
     def receive_ready(self, limit: int | None = None) -> list[Received]:
@@ -154,23 +158,44 @@ class CoreClient:
             limit: take no more than this; whoever gets so many calls again, as no descriptor may announce the rest.
 
         Raises:
-            EngineDeadError: the core has ended, and nothing it sent before is left to take.
-            ProtocolError: the core refused a frame of ours, or sent one that is no message: a fault of this program.
+            EngineDeadError: the core has ended, or the two no longer understand each other (`give_up`), and nothing it
+                sent before is left to take.
         """
         received: list[Received] = []
         while len(received) != limit and self._failure is None and (frame := self._receive_frame()) is not None:
-            message = self._decoder.decode(frame)
-            if isinstance(message, Received):
-                received.append(message)
-            elif isinstance(message, EngineFailed):
-                self._failure = EngineDeadError(message.message)
-            elif isinstance(message, BadFrame):
-                raise ProtocolError(f"the core refused a frame of this frontend: {message.reason}")
-            elif not isinstance(message, Ping):
-                raise ProtocolError(f"the core sent an unexpected {type(message).__name__}")
+            try:
+                message = self._read(frame)
+            except ProtocolError as error:
+                self.give_up(error)
+            else:
+                received += [] if message is None else [message]
         if not received:
             self._check_alive()
         return received
+
+    def _read(self, frame: bytes) -> Received | None:
+        """What the frame brings; a request whose own entry in it is malformed is ended, here and in the core."""
+        message, ended = self._frames.read(frame)
+        self.abort(ended)
+        if isinstance(message, Received):
+            return message
+        if isinstance(message, EngineFailed):
+            self._failure = EngineDeadError(message.message)
+        elif isinstance(message, BadFrame):
+            raise ProtocolError(f"the core refused a frame of this frontend: {message.reason}")
+        elif not isinstance(message, Ping):
+            raise ProtocolError(f"the core sent an unexpected {type(message).__name__}")
+        return None
+
+    def give_up(self, error: ProtocolError) -> EngineDeadError:
+        """Ends the connection over a fault that no single request is to blame for; whoever uses it closes it.
+
+        Going on would leave requests waiting for tokens that were in the frame, or for an answer to one of ours.
+        """
+        logger.error("the connection to the engine is given up: %s", error)
+        self._failure = EngineDeadError(f"the connection to the engine was given up, as it makes no sense: {error}")
+        self._failure.__cause__ = error
+        return self._failure
 
     def _check_alive(self) -> None:
         """Raises the cause if the core has ended."""
@@ -198,7 +223,7 @@ class CoreClient:
 
     def _send(self, message: FrontendToCore) -> None:
         if self._socket.closed:
-            raise EngineDeadError("the connection to the engine is closed")
+            raise self._failure or EngineDeadError("the connection to the engine is closed")
         self._socket.send(encode(message))
 
     def close(self) -> None:

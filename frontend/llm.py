@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Unpack
 
-from folovllm.common.errors import EngineDeadError, RequestError
+from folovllm.common.errors import EngineDeadError, ProtocolError, RequestError
 from folovllm.common.messages.frontend_core import EngineCoreOutputs, EngineStats
 from folovllm.common.sampling_params import SamplingParams
 from folovllm.frontend.batch import Batch
@@ -292,9 +292,11 @@ class LLM:
                 elif isinstance(message, EngineStats):
                     self._stats[message.ticket] = message
             return finished
-        except EngineDeadError as error:
-            self._open.outputs.fail_all(error)
-            raise
+        except (EngineDeadError, ProtocolError) as error:
+            failure = self._open.client.give_up(error) if isinstance(error, ProtocolError) else error
+            self._open.client.close()  # an engine that still runs drops the requests of this frontend
+            self._open.outputs.fail_all(failure)
+            raise failure from failure.__cause__
         finally:
             self._busy = False
 

@@ -10,7 +10,7 @@ to a character is known from the chosen tokens before; an alternative that does 
 
 import codecs
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple, Protocol
 
@@ -34,9 +34,17 @@ class Place(NamedTuple):
 
 
 def places(message: Logprobs) -> Iterator[Place]:
-    """The places of a message, in order."""
+    """The places of a message, in order. Raises ProtocolError before the first one if the fields do not fit."""
+    counts, ranks = int32.unpack(message.counts), int32.unpack(message.ranks)
+    fits = len(counts) == len(ranks) and min(counts, default=1) > 0
+    if not fits or not len(message.token_ids) == len(message.values) == 4 * sum(counts):
+        raise ProtocolError(f"the core sent log probabilities of {len(counts)} tokens whose fields do not fit")
+    return _places(message, counts, ranks)
+
+
+def _places(message: Logprobs, counts: Sequence[int], ranks: Sequence[int]) -> Iterator[Place]:
     begin = 0
-    for count, rank in zip(int32.unpack(message.counts), int32.unpack(message.ranks), strict=True):
+    for count, rank in zip(counts, ranks, strict=True):
         end = begin + 4 * count
         yield Place(message.token_ids[begin:end], message.values[begin:end], rank)
         begin = end

@@ -7,12 +7,20 @@ step but when the caller takes them, so a slow caller gets fewer, longer ones, a
 
 from collections.abc import Callable, Iterable
 
-from folovllm.common.errors import EngineDeadError, FoloVLLMError, QueueFullError, RequestError, RequestFailedError
+from folovllm.common.errors import (
+    EngineDeadError,
+    FoloVLLMError,
+    ProtocolError,
+    QueueFullError,
+    RequestError,
+    RequestFailedError,
+)
 from folovllm.common.messages.frontend_core import EngineCoreOutputs, FinishedRequest, FinishReason, RejectedRequest
 from folovllm.frontend import int32
+from folovllm.frontend.core_frames import logprobs_by_number, tokens_by_number
 from folovllm.frontend.detokenizer import Detokenizer, whole_text
 from folovllm.frontend.input_processor import Request
-from folovllm.frontend.logprobs import TokenLogprobs, places
+from folovllm.frontend.logprobs import Place, TokenLogprobs, places
 from folovllm.frontend.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from folovllm.frontend.tokenizer import Tokenizer
 
@@ -54,7 +62,11 @@ class Answer:
         )
 
     def push(self, token_ids: list[int], *, ends_with_stop_token: bool) -> bool:
-        """Takes tokens of a request that is reported token by token; True if a stop string now ended the answer."""
+        """Takes tokens of a request that is reported token by token; True if a stop string now ended the answer.
+
+        Raises ProtocolError if one is no token, or if its log probabilities are missing.
+        """
+        _check_ids(token_ids)
         stopped = self._push(token_ids, ends_with_stop_token)
         if self.logprobs is not None:
             self.logprobs.cut(len(self.token_ids))
@@ -77,12 +89,15 @@ class Answer:
         return True
 
     def end(self, reason: FinishReason, stop_token_id: int | None = None, token_ids: bytes = b"") -> None:
-        """Ends the answer. `token_ids`: all of its tokens, if it was not reported token by token."""
+        """Ends the answer. `token_ids`: all of its tokens, if it was not reported token by token.
+
+        Raises ProtocolError if they are none.
+        """
         self.finish_reason = reason
         if stop_token_id is not None:
             self.stop_reason = self._request.stop.reason(stop_token_id)
         if token_ids:
-            self.token_ids = int32.unpack(token_ids)
+            self.token_ids = _check_ids(int32.unpack(token_ids))
             self._text = [self._whole_text(stop_token_id is not None)]
         elif self._detokenizer is not None:
             self._text.append(self._detokenizer.finish())
@@ -272,26 +287,28 @@ class OutputProcessor:
     def process(self, outputs: EngineCoreOutputs, now: float) -> tuple[list[RequestState], list[int]]:
         """Takes in what a step brought; what is on its way for requests that are gone is passed over.
 
+        What makes no sense for one request fails that request.
+
         Returns:
             The requests that finished by it, and the numbers that the core must abort (a stop string was found).
+
+        Raises:
+            ProtocolError: the message makes no sense, and no single request is to blame; nothing has changed then.
         """
         ended = {entry.number: entry for entry in outputs.finished}
         touched: dict[int, RequestState] = {}
         to_abort = []
-        self._take_logprobs(outputs)
-        for number, token_ids in _by_number(outputs).items():
+        tokens = tokens_by_number(outputs)
+        for state in self._take_logprobs(outputs, logprobs_by_number(outputs)):
+            touched[id(state)] = state
+        for number, token_ids in tokens.items():
             if number not in self.live:
                 continue
             state, answer = self.live[number]
             touched[id(state)] = state
-            end = ended.get(number)
-            before = len(answer.token_ids)
-            stopped = answer.push(token_ids, ends_with_stop_token=end is not None and end.stop_token_id is not None)
-            state.count_tokens(len(answer.token_ids) - before, now)
-            if stopped:
+            if self._push(state, answer, token_ids, ended.get(number), now):
                 del self.live[number]
-                state.note_end(end, now)
-                if end is None:
+                if number not in ended:
                     to_abort.append(number)
         touched |= self._end_all(outputs.finished, now)
         for rejected in outputs.rejected:
@@ -302,19 +319,37 @@ class OutputProcessor:
             state.news()
         return [state for state in touched.values() if state.finished], to_abort
 
-    def _take_logprobs(self, outputs: EngineCoreOutputs) -> None:
-        """Hands them to their answers, before the tokens that they belong to."""
+    def _push(
+        self, state: RequestState, answer: Answer, token_ids: list[int], end: FinishedRequest | None, now: float
+    ) -> bool:
+        """Hands an answer its new tokens; True if a stop string now ended it."""
+        before = len(answer.token_ids)
+        try:
+            stopped = answer.push(token_ids, ends_with_stop_token=end is not None and end.stop_token_id is not None)
+        except ProtocolError as error:
+            _blame(state, error)
+            return False
+        state.count_tokens(len(answer.token_ids) - before, now)
+        if stopped:
+            state.note_end(end, now)
+        return stopped
+
+    def _take_logprobs(self, outputs: EngineCoreOutputs, placed: Iterable[tuple[int, Place]]) -> list[RequestState]:
+        """Hands them to their answers, before the tokens that they belong to; returns requests that failed by it."""
+        failed = []
         for part in outputs.prompt_logprobs:
             state, _ = self.live.get(part.number, (None, None))
             if state is not None and state.prompt_logprobs is not None:
-                state.prompt_logprobs.extend(part.start - 1, places(part.logprobs))
-        if outputs.logprobs is None:
-            return
-        numbers = int32.unpack(outputs.numbers)
-        for row, place in zip(int32.unpack(outputs.logprob_rows), places(outputs.logprobs), strict=True):
-            _, answer = self.live.get(numbers[row], (None, None))
+                try:
+                    state.prompt_logprobs.extend(part.start - 1, places(part.logprobs))
+                except ProtocolError as error:
+                    _blame(state, error)
+                    failed.append(state)
+        for number, place in placed:
+            _, answer = self.live.get(number, (None, None))
             if answer is not None and answer.logprobs is not None:
                 answer.logprobs.append(place)
+        return failed
 
     def _end_all(self, finished: Iterable[FinishedRequest], now: float) -> dict[int, RequestState]:
         touched = {}
@@ -323,7 +358,10 @@ class OutputProcessor:
                 continue
             state, answer = self.live.pop(end.number)
             touched[id(state)] = state
-            answer.end(end.finish_reason, end.stop_token_id, end.token_ids)
+            try:
+                answer.end(end.finish_reason, end.stop_token_id, end.token_ids)
+            except ProtocolError as error:
+                _blame(state, error)
             state.note_end(end, now)
             if end.finish_reason == "error":
                 state.error = RequestFailedError(f"request {state.request.request_id} failed: {end.error}")
@@ -364,11 +402,15 @@ class OutputProcessor:
             state.news()
 
 
-def _by_number(outputs: EngineCoreOutputs) -> dict[int, list[int]]:
-    tokens: dict[int, list[int]] = {}
-    for number, token_id in zip(int32.unpack(outputs.numbers), int32.unpack(outputs.token_ids), strict=True):
-        tokens.setdefault(number, []).append(token_id)
-    return tokens
+def _check_ids(token_ids: list[int]) -> list[int]:
+    if min(token_ids, default=0) < 0:  # tokenizers would raise errors of their own
+        raise ProtocolError(f"the core sent {min(token_ids)} as a token")
+    return token_ids
+
+
+def _blame(state: RequestState, error: ProtocolError) -> None:
+    """Fails the one request that a message makes no sense for."""
+    state.error = RequestFailedError(f"request {state.request.request_id} failed: {error}")
 
 
 def _rejection(rejected: RejectedRequest, request_id: str) -> FoloVLLMError:

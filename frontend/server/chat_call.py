@@ -1,6 +1,6 @@
 """A chat request → a job for the engine, and parsers for its answers. All chat-like endpoints come through here."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from folovllm.common.errors import RequestError
@@ -57,7 +57,11 @@ async def prepare_chat(context: ServerContext, body: ChatRequest, request_id: st
     reasoning_format = context.reasoning_format
     rendered = render_prompt(context, body)
     constraint = _constraint(body, tools, tool_format)
-    _check_budget(body, reasoning_format, has_constraint=constraint is not None or structured_outputs(body) is not None)
+    has_constraint = constraint is not None or structured_outputs(body) is not None
+    _check_budget(body, reasoning_format, has_constraint=has_constraint)
+    answer_context = _answer_context(context, body, tools, rendered) if tool_format or reasoning_format else None
+    if has_constraint and reasoning_format is not None and answer_context is not None:
+        answer_context = _without_thoughts(answer_context, reasoning_format)
     keeps_special = any(format_ and format_.keep_special_tokens for format_ in (tool_format, reasoning_format))
     params = to_sampling_params(
         body,
@@ -66,9 +70,9 @@ async def prepare_chat(context: ServerContext, body: ChatRequest, request_id: st
         structured_outputs=constraint,
         skip_special_tokens=False if keeps_special else None,
     )
-    prompt = await to_prompt(context, rendered.text, add_special_tokens=False, cache_salt=body.cache_salt)
+    text = rendered.text if answer_context is None else answer_context.prompt
+    prompt = await to_prompt(context, text, add_special_tokens=False, cache_salt=body.cache_salt)
     job = Job(prompt, params, body.request_id or request_id, body.priority or 0)
-    answer_context = _answer_context(context, body, tools, rendered) if tool_format or reasoning_format else None
     return ChatCall(body, job, model, num_top, tool_format, reasoning_format, answer_context)
 
 
@@ -93,6 +97,15 @@ def _answer_context(
         tool_choice=body.tool_choice or ("auto" if tools else "none"),
         template_kwargs=body.chat_template_kwargs or {},
     )
+
+
+def _without_thoughts(given: AnswerContext, reasoning_format: ReasoningFormat) -> AnswerContext:
+    """Thoughts that the template opened are closed in the prompt: a grammar holds the answer from its first token on.
+
+    Left open, the model would be made to think in JSON, and the parser would take the answer for thoughts.
+    """
+    parser = reasoning_format.make(given)
+    return replace(given, prompt=given.prompt + parser.close_text) if parser.in_reasoning else given
 
 
 def _check(body: ChatRequest) -> int | None:

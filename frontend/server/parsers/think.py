@@ -17,9 +17,7 @@ class ThinkParser:
     close_text = f"\n{_CLOSE}\n\n"
 
     def __init__(self, context: AnswerContext) -> None:
-        is_open = context.prompt.rstrip().endswith(_OPEN)
-        # A grammar that asks for a call leaves no room for thoughts, whatever the template opened.
-        self.in_reasoning = is_open and context.tool_choice in ("auto", "none")
+        self.in_reasoning = context.prompt.rstrip().endswith(_OPEN)
         self._may_begin = not self.in_reasoning
         self._skips_blanks = self.in_reasoning
         self._rest = ""  # held back

@@ -5,10 +5,13 @@ import pathlib
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
+import msgspec
 import pytest
 
 from folovllm.common.errors import EngineDeadError, RequestError, RequestFailedError
+from folovllm.common.messages.frontend_core import EngineCoreOutputs
 from folovllm.common.sampling_params import SamplingParams
+from folovllm.common.transport import encode
 from folovllm.frontend.async_llm import AsyncLLM
 from tests.fakes.fake_core_for_frontend import FakeCore
 from tests.fakes.model_folder import IM_END
@@ -248,5 +251,49 @@ def test_the_prefix_cache_can_be_reset(core: FakeCore) -> None:
         first, second = await asyncio.gather(llm.reset_prefix_cache(), llm.get_stats())
         assert first is True
         assert second.num_cached_blocks == 0
+
+    run(core, scenario)
+
+
+def test_a_malformed_message_about_one_request_fails_that_one(core: FakeCore) -> None:
+    async def scenario(llm: AsyncLLM) -> None:
+        core.gate.clear()
+        tasks = [asyncio.ensure_future(text_of(llm, "ab", tokens(4))) for _ in range(2)]
+        await until(lambda: len(core.live) == 2, core)
+        core.send_raw(msgspec.msgpack.encode(["outputs", b"", b"", [[0, "no such reason"]]]))
+        with pytest.raises(RequestFailedError, match="request 0 failed: the core sent a malformed message of it"):
+            await tasks[0]
+        await until(lambda: core.aborted == [0], core)
+        core.gate.set()
+        assert await tasks[1] == "baba"
+        assert llm.failure is None
+
+    run(core, scenario)
+
+
+@pytest.mark.parametrize("frame", [b"\xc1", encode(EngineCoreOutputs(b"\0" * 8, b"\0" * 4))])
+def test_a_message_that_nobody_is_to_blame_for_ends_the_link(core: FakeCore, frame: bytes) -> None:
+    async def scenario(llm: AsyncLLM) -> None:
+        core.gate.clear()
+        task = asyncio.ensure_future(text_of(llm, "ab", tokens(4)))
+        await until(lambda: len(core.live) == 1, core)
+        core.send_raw(frame)
+        for work in (task, text_of(llm, "ab", tokens(4)), llm.get_stats()):
+            with pytest.raises(EngineDeadError, match="the connection to the engine was given up"):
+                await work
+        assert isinstance(llm.failure, EngineDeadError)
+        core.gate.set()
+        await until(lambda: not core.live, core)  # the core sees that nobody is there
+
+    run(core, scenario)
+
+
+def test_a_request_that_cannot_be_written_down_leaves_nothing(core: FakeCore) -> None:
+    async def scenario(llm: AsyncLLM) -> None:
+        with pytest.raises(UnicodeEncodeError):
+            await text_of(llm, "ab", tokens(2), request_id="\ud800")
+        assert not llm._states
+        assert not llm._open.outputs.live
+        assert await text_of(llm, "ab", tokens(2)) == "ba"
 
     run(core, scenario)

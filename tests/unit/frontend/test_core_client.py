@@ -4,6 +4,7 @@ import pathlib
 import time
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 import zmq
 
@@ -177,13 +178,44 @@ def test_an_own_core_that_is_killed_gives_the_signal() -> None:
         (encode(BadFrame("number 5 is taken")), "refused a frame of this frontend: number 5 is taken"),
     ],
 )
-def test_faults_of_the_program_are_raised(tmp_path: pathlib.Path, frame: bytes, message: str) -> None:
+def test_frames_that_nobody_is_to_blame_for_end_the_connection(
+    tmp_path: pathlib.Path, frame: bytes, message: str
+) -> None:
     with FakeCore(f"ipc://{tmp_path}/core") as core:
         client = CoreClient(core.endpoint)
         core.send_raw(frame)
-        with pytest.raises(ProtocolError, match=message):
+        with pytest.raises(EngineDeadError, match=f"given up, as it makes no sense: .*{message}") as caught:
+            client.receive(5.0)
+        assert isinstance(caught.value.__cause__, ProtocolError)
+        client.close()
+        for call in (client.receive_ready, client.receive, lambda: client.ask_stats(1)):
+            with pytest.raises(EngineDeadError, match=message):
+                call()
+
+
+def test_what_came_before_a_bad_frame_is_given_out_first(tmp_path: pathlib.Path) -> None:
+    with FakeCore(f"ipc://{tmp_path}/core") as core:
+        client = CoreClient(core.endpoint)
+        core.gate.clear()
+        core.send_raw(encode(EngineCoreOutputs()))
+        core.send_raw(b"\xc1")
+        assert client.receive(5.0)[:1] == [EngineCoreOutputs()]
+        with pytest.raises(EngineDeadError, match="given up"):
             client.receive(5.0)
         client.close()
+
+
+def test_a_malformed_entry_ends_its_request_here_and_in_the_core(client: CoreClient, core: FakeCore) -> None:
+    core.gate.clear()
+    client.add([request(1), request(2)])
+    assert core.wait_until(lambda: len(core.live) == 2)
+    core.send_raw(msgspec.msgpack.encode(["outputs", b"", b"", [[1, "no such reason"]]]))
+    (message,) = client.receive(5.0)
+    assert isinstance(message, EngineCoreOutputs)
+    assert [(end.number, end.finish_reason) for end in message.finished] == [(1, "error")]
+    assert core.wait_until(lambda: core.aborted == [1])
+    core.gate.set()
+    outputs_of(client, {2})
 
 
 def test_a_second_welcome_is_a_fault_and_a_ping_is_none(tmp_path: pathlib.Path) -> None:
@@ -192,7 +224,7 @@ def test_a_second_welcome_is_a_fault_and_a_ping_is_none(tmp_path: pathlib.Path) 
         core.send_raw(encode(Ping()))
         assert client.receive(5.0) == []
         core.send_raw(encode(client.welcome))
-        with pytest.raises(ProtocolError, match="unexpected Welcome"):
+        with pytest.raises(EngineDeadError, match="unexpected Welcome"):
             client.receive(5.0)
         client.close()
 

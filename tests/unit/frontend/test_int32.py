@@ -2,6 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from folovllm.common.errors import ProtocolError
 from folovllm.frontend import int32
 
 
@@ -19,3 +20,8 @@ def test_the_bytes_are_little_endian() -> None:
 def test_what_does_not_fit_is_no_silent_overflow() -> None:
     with pytest.raises(Exception, match="format requires"):
         int32.pack([2**31])
+
+
+def test_bytes_that_are_no_whole_number_of_entries() -> None:
+    with pytest.raises(ProtocolError, match="5 bytes are no whole number of int32"):
+        int32.unpack(b"12345")

@@ -16,8 +16,9 @@ from folovllm.common.errors import (
     RequestError,
     RequestFailedError,
 )
-from folovllm.common.messages.frontend_core import EngineCoreRequest, RejectedRequest
+from folovllm.common.messages.frontend_core import EngineCoreOutputs, EngineCoreRequest, RejectedRequest
 from folovllm.common.sampling_params import SamplingParams
+from folovllm.common.transport import encode
 from folovllm.frontend import int32
 from folovllm.frontend.batch import Batch
 from folovllm.frontend.llm import LLM
@@ -399,3 +400,14 @@ def test_the_salt_of_a_chat_reaches_the_core(llm: LLM, core: FakeCore) -> None:
     llm.chat([{"role": "user", "content": "a"}], tokens(1), use_tqdm=False, cache_salt="tenant 7")
     llm.generate({"prompt": "a", "cache_salt": "b"}, tokens(1), use_tqdm=False)
     assert [request.cache_salt for request in core.requests] == ["tenant 7", "b"]
+
+
+def test_a_message_that_nobody_is_to_blame_for_ends_the_link(llm: LLM, core: FakeCore) -> None:
+    core.gate.clear()
+    stream = llm.stream("ab", tokens(4))
+    core.send_raw(encode(EngineCoreOutputs(b"\0" * 8, b"\0" * 4)))
+    for call in (lambda: next(stream), lambda: llm.generate("ab", tokens(1), use_tqdm=False), llm.get_stats):
+        with pytest.raises(EngineDeadError, match="given up, as it makes no sense: the core sent 1 tokens"):
+            call()
+    core.gate.set()
+    assert core.wait_until(lambda: not core.live)  # it sees that nobody is there

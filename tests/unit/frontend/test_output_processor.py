@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 
-from folovllm.common.errors import EngineDeadError, QueueFullError, RequestError, RequestFailedError
+from folovllm.common.errors import (
+    EngineDeadError,
+    ProtocolError,
+    QueueFullError,
+    RequestError,
+    RequestFailedError,
+)
 from folovllm.common.messages.frontend_core import (
     EngineCoreOutputs,
     FinishedRequest,
@@ -474,3 +480,38 @@ def test_python_time_per_token_without_stream() -> None:
         times.append((time.perf_counter() - begun) / (20 * 256))
         assert all(len(output.outputs[0].text) == 64 * 7 for output in outputs)
     assert min(times) < 10e-6, f"{min(times) * 1e6:.2f} µs"
+
+
+def test_what_makes_no_sense_for_one_request_fails_that_one_alone() -> None:
+    """A token that is none, log probabilities that are missing, of an output or a prompt: the other request goes on."""
+    for damage in ("token", "logprobs", "prompt", "whole"):
+        frontend = Frontend()
+        bad = frontend.add(stream=damage != "whole", logprobs=1 if damage == "logprobs" else None, n=2)
+        if damage == "prompt":
+            bad = frontend.add(stream=True, prompt_logprobs=0)
+        number = bad.first_number
+        good = frontend.add(stream=True)
+        reports: dict[str, dict[str, Any]] = {
+            "token": {"pairs": [(number, -1), (good.first_number, 9707)]},
+            "logprobs": {"pairs": [(number, 9707), (good.first_number, 9707)]},
+            "prompt": {"prompts": [RequestPromptLogprobs(number, 5, logprobs_of([1], 0))]},
+            "whole": {"finished": [ended(number, "stop", token_ids=int32.pack([1, -2]))]},
+        }
+        assert frontend.report(**reports[damage]) == [bad]
+        with pytest.raises(RequestFailedError, match=r"request name failed: the core (sent|reported|left)"):
+            bad.whole()
+        others = [number + i for i in range(bad.request.params.n)]
+        assert frontend.aborted == (others if damage != "whole" else others[1:])
+        frontend.report([(good.first_number, 9707)], [ended(good.first_number)])
+        assert good.finished
+        assert good.error is None
+        assert not [live for live in frontend.outputs.live if live in others]
+
+
+def test_a_message_that_makes_no_sense_at_all_changes_nothing() -> None:
+    frontend = Frontend()
+    state = frontend.add(stream=True)
+    with pytest.raises(ProtocolError, match="1 tokens of 2 numbers"):
+        frontend.outputs.process(EngineCoreOutputs(int32.pack([0, 0]), int32.pack([9707]), [ended()]), 1.0)
+    assert not state.finished
+    assert state.take_delta() is None

@@ -1,5 +1,6 @@
 """A bound on thinking: thoughts are closed after so many tokens, and the answer goes on."""
 
+import json
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from folovllm.common.messages.frontend_core import EngineCoreRequest
 from folovllm.frontend import int32
 from tests.fakes.fake_core_for_frontend import FakeCore
 from tests.fakes.http_server import Served, run
-from tests.fakes.model_folder import IM_END, ids_of
+from tests.fakes.model_folder import CHAT_TEMPLATE, IM_END, ids_of, write_model_folder
 
 PATH = "/v1/chat/completions"
 HELLO = {"messages": [{"role": "user", "content": "hi"}]}
@@ -141,3 +142,64 @@ def test_it_needs_a_parser(thinking_core: FakeCore) -> None:
         assert "--reasoning-parser" in answer.json()["error"]["message"]
 
     run(thinking_core.endpoint, scenario)
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+WRAPPED = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+
+
+@pytest.fixture
+def opening_core(tmp_path: pathlib.Path) -> Iterator[FakeCore]:
+    """Its model's template opens the thoughts in the prompt; it answers with JSON whatever it is asked."""
+    folder = write_model_folder(tmp_path / "opens")
+    template = CHAT_TEMPLATE.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n") + "{# </think> #}"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "chat_template": template}))
+    ids = [*ids_of('{"a": 1}'), IM_END]
+    with FakeCore(f"ipc://{tmp_path}/opens.socket", lambda *_: ids, model=str(folder), max_model_len=512) as core:
+        yield core
+
+
+def prompt_of(request: EngineCoreRequest) -> str:
+    """Its text, but for special tokens."""
+    return bytes(token for token in int32.unpack(request.prompt_token_ids) if token < 256).decode()
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"response_format": WRAPPED},
+        {"response_format": {"type": "json_object"}},
+        {"structured_outputs": {"json": SCHEMA}},
+        {"structured_outputs": {"regex": ".*"}},
+    ],
+)
+def test_json_is_never_taken_for_thoughts(opening_core: FakeCore, asked: dict[str, Any]) -> None:
+    async def scenario(server: Served) -> None:
+        body = HELLO | asked
+        for choice in (await server.post(PATH, body)).json()["choices"]:
+            assert choice["message"]["content"] == '{"a": 1}'
+            assert "reasoning_content" not in choice["message"]
+        deltas = [choice["delta"] for event in await server.events(PATH, body) for choice in event["choices"]]
+        assert "".join(delta.get("content", "") for delta in deltas) == '{"a": 1}'
+        for request in opening_core.requests:
+            assert prompt_of(request).endswith("assistant\n<think>\n\n</think>\n\n")
+
+    run(opening_core.endpoint, scenario)
+
+
+def test_json_of_the_responses_api_is_never_taken_for_thoughts(opening_core: FakeCore) -> None:
+    async def scenario(server: Served) -> None:
+        body = {"input": "hi", "text": {"format": {"type": "json_schema", "name": "x", "schema": SCHEMA}}}
+        (item,) = (await server.post("/v1/responses", body)).json()["output"]
+        assert (item["type"], item["content"][0]["text"]) == ("message", '{"a": 1}')
+
+    run(opening_core.endpoint, scenario)
+
+
+def test_an_answer_that_nothing_holds_goes_on_with_the_thoughts(opening_core: FakeCore) -> None:
+    async def scenario(server: Served) -> None:
+        message = (await server.post(PATH, HELLO)).json()["choices"][0]["message"]
+        assert (message["content"], message["reasoning_content"]) == (None, '{"a": 1}')
+        assert prompt_of(opening_core.requests[0]).endswith("assistant\n<think>\n")
+
+    run(opening_core.endpoint, scenario)

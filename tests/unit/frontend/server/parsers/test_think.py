@@ -28,7 +28,7 @@ PIECES = st.sampled_from(["<think>", "</think>", "<thi", "</", "\n", " ", "a pla
         (OPENED, "a plan\n</think>\n\nHello", "a plan", "Hello"),
         (OPENED, "a plan", "a plan", ""),
         (CLOSED, "Hello", "", "Hello"),
-        (replace(OPENED, tool_choice="required"), "<tool_call>", "", "<tool_call>"),
+        (replace(OPENED, prompt=OPENED.prompt + ThinkParser.close_text), '{"a": 1}', "", '{"a": 1}'),
     ],
 )
 def test_thoughts_and_content(context: AnswerContext, text: str, reasoning: str, content: str) -> None:
