@@ -6,19 +6,24 @@ is a value like any other: `<64 x float>` is cut by LLVM into the registers that
 wide. llvmlite is loaded in some 30 ms and compiles a kernel in 0.3 to 1.4 s, the more the larger a group of heads is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
+import llvmlite
 import llvmlite.binding as llvm
 from llvmlite import ir
 
+from folovllm.worker_proc.kernels.cpu.code_cache import CodeCache
+
+I8: Final = ir.IntType(8)
 I16: Final = ir.IntType(16)
 I32: Final = ir.IntType(32)
 I64: Final = ir.IntType(64)
 F32: Final = ir.FloatType()
 HALF: Final = ir.HalfType()
 
+_VERSION: Final = 1  # of how code is made from the same text: to be raised with it
 _CONTRACT: Final = ("contract",)  # a product and a sum may become one fused operation; nothing else is rearranged
 
 
@@ -30,12 +35,22 @@ class Kernel:
 
     def __init__(self, name: str) -> None:
         self.module = ir.Module(name)
-        self.function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), [I64.as_pointer()]), name)
-        self.builder = ir.IRBuilder(self.function.append_basic_block("entry"))
+        self._open(ir.Function(self.module, ir.FunctionType(ir.VoidType(), [I64.as_pointer()]), name))
+
+    def _open(self, function: Any) -> None:
+        self.function = function
+        self.builder = ir.IRBuilder(function.append_basic_block("entry"))
 
     def argument(self, index: int) -> Any:
         """The `index`-th number of the array that the function is given."""
         return self.builder.load(self.builder.gep(self.function.args[0], [_i64(index)]))
+
+    def inner(self, name: str, num_values: int) -> "Inner":
+        """A function of this module's own, for `invoke`: `void name(int64_t, …)` with `num_values` numbers."""
+        return Inner(self.module, name, num_values)
+
+    def invoke(self, function: "Inner", *values: Any) -> None:
+        self.builder.call(function.function, values)
 
     def integer(self, value: int) -> Any:
         return _i64(value)
@@ -66,10 +81,89 @@ class Kernel:
         builder.branch(head)
         builder.position_at_end(after)
 
+    @contextmanager
+    def tickets(self, counter: Any, count: Any) -> Iterator[Any]:
+        """Runs its body for one integer below `count` after another, drawn from the int64 at address `counter`.
+
+        Threads that draw from the same counter share the integers among them: whoever is done first takes the next.
+        """
+        builder = self.builder
+        head, body, after = (self.function.append_basic_block(part) for part in ("head", "body", "after"))
+        builder.branch(head)
+        builder.position_at_end(head)
+        ticket = builder.atomic_rmw("add", self._pointer(counter, _i64(0), I64, 1), _i64(1), "monotonic")
+        builder.cbranch(builder.icmp_signed("<", ticket, count), body, after)
+        builder.position_at_end(body)
+        yield ticket
+        builder.branch(head)
+        builder.position_at_end(after)
+
+    @contextmanager
+    def when(self, condition: Any) -> Iterator[None]:
+        """Runs its body if the condition (i1) holds."""
+        body, after = (self.function.append_basic_block(part) for part in ("body", "after"))
+        self.builder.cbranch(condition, body, after)
+        self.builder.position_at_end(body)
+        yield
+        self.builder.branch(after)
+        self.builder.position_at_end(after)
+
+    def fold(
+        self, end: Any, initial: Sequence[Any], step: Callable[[Any, Sequence[Any]], Sequence[Any]]
+    ) -> Sequence[Any]:
+        """What `step(index, values)` makes of `initial` for each integer from 0 to `end` - 1 in turn."""
+        builder = self.builder
+        before = builder.block
+        head, body, after = (self.function.append_basic_block(part) for part in ("head", "body", "after"))
+        builder.branch(head)
+        builder.position_at_end(head)
+        index, carried = builder.phi(I64), [builder.phi(value.type) for value in initial]
+        for phi, value in zip([index, *carried], [_i64(0), *initial], strict=True):
+            phi.add_incoming(value, before)
+        builder.cbranch(builder.icmp_signed("<", index, end), body, after)
+        builder.position_at_end(body)
+        results = step(index, carried)
+        following = builder.add(index, _i64(1))
+        for phi, value in zip([index, *carried], [following, *results], strict=True):
+            phi.add_incoming(value, builder.block)
+        builder.branch(head)
+        builder.position_at_end(after)
+        return carried
+
+    def call(self, name: str, result: Any, *arguments: Any) -> Any:
+        """What LLVM's intrinsic function `name` returns, of type `result`."""
+        kinds = [argument.type for argument in arguments]
+        declared = self.module.globals.get(name)
+        function = declared or ir.Function(self.module, ir.FunctionType(result, kinds), name)
+        return self.builder.call(function, arguments)
+
     def call_int(self, address: Any) -> Any:
         """What the C function `int f(void)` at `address` returns, as int64."""
         pointer = self.builder.inttoptr(address, ir.FunctionType(I32, []).as_pointer())
         return self.builder.sext(self.builder.call(pointer, []), I64)
+
+    def call_void(self, address: Any, *values: Any) -> None:
+        """Calls the C function `void f(int64_t, …)` at `address` (an address is such a number too)."""
+        kind = ir.FunctionType(ir.VoidType(), [I64] * len(values))
+        self.builder.call(self.builder.inttoptr(address, kind.as_pointer()), values)
+
+    def variable(self, initial: Any) -> Any:
+        """A place for a value that a loop carries, to be used with `get` and `set`; LLVM keeps it in a register."""
+        with self.builder.goto_entry_block():
+            place = self.builder.alloca(initial.type)
+        self.builder.store(initial, place)
+        return place
+
+    def get(self, variable: Any) -> Any:
+        return self.builder.load(variable)
+
+    def set(self, variable: Any, value: Any) -> None:
+        self.builder.store(value, variable)
+
+    def prefetch(self, address: Any) -> None:
+        """Asks for the cache line at `address`, which may lie anywhere."""
+        hints = [ir.Constant(I32, hint) for hint in (0, 3, 1)]  # read, keep, data
+        self.call("llvm.prefetch.p0", ir.VoidType(), self.builder.inttoptr(address, I8.as_pointer()), *hints)
 
     def load(self, address: Any, offset: Any, kind: Any, count: int = 1) -> Any:
         """`count` numbers of `kind` at `address`; one number for 1, else a vector."""
@@ -105,6 +199,13 @@ class Kernel:
             short = builder.trunc(builder.lshr(rounded, _all(I32, 16, count)), ir.VectorType(I16, count))
             self.store(short, address, offset, I16, count)
 
+    def load_pairs(self, address: Any, offset: Any, count: int) -> tuple[Any, Any]:
+        """The first and the second of each of `count` pairs of bfloat16 numbers: two vectors of `count` floats."""
+        pairs, kind = self.load(address, offset, I32, count), ir.VectorType(F32, count)
+        first = self.builder.shl(pairs, _all(I32, 16, count))
+        second = self.builder.and_(pairs, _all(I32, 0xFFFF0000, count))
+        return self.builder.bitcast(first, kind), self.builder.bitcast(second, kind)
+
     def constant(self, value: float, count: int) -> Any:
         return _all(F32, value, count)
 
@@ -122,6 +223,27 @@ class Kernel:
         empty = ir.Constant(ir.VectorType(F32, count), ir.Undefined)
         first = self.builder.insert_element(empty, number, ir.Constant(I32, 0))
         return self.builder.shuffle_vector(first, empty, _all(I32, 0, count))
+
+    def interleaved(self, left: Any, right: Any, count: int) -> Any:
+        """A vector of twice `count` numbers: left[0], right[0], left[1], right[1], ..."""
+        mask = [ir.Constant(I32, place + half) for place in range(count) for half in (0, count)]
+        return self.builder.shuffle_vector(left, right, ir.Constant(ir.VectorType(I32, 2 * count), mask))
+
+    def transposed(self, rows: Sequence[Any]) -> list[Any]:
+        """The columns of a square of as many vectors of as many numbers; a power of two.
+
+        Rows that are half the size apart swap their halves, then those a quarter apart their quarters, and so on.
+        """
+        count, distance = len(rows), len(rows) // 2
+        square = list(rows)
+        while distance:
+            low = [place if not place & distance else place - distance + count for place in range(count)]
+            high = [place + distance if not place & distance else place + count for place in range(count)]
+            for first in (row for row in range(count) if not row & distance):
+                pair = square[first], square[first + distance]
+                square[first], square[first + distance] = self._pick(*pair, low), self._pick(*pair, high)
+            distance //= 2
+        return square
 
     def folded(self, vector: Any, count: int, to: int) -> Any:
         """A vector of `count` numbers added up in halves until `to` are left."""
@@ -167,7 +289,27 @@ class Kernel:
         bits = builder.add(builder.fptosi(whole, ir.VectorType(I32, count)), _all(I32, 127, count))
         return self.times(value, builder.bitcast(builder.shl(bits, _all(I32, 23, count)), kind))
 
-    def _pick(self, left: Any, right: Any, places: range) -> Any:
+    def exp2(self, x: Any, count: int) -> Any:
+        """2 to the power of each number, which must be ≤ 0: relative error below 3e-6; from -126 on the least normal.
+
+        For weights that are rounded to 16 bits afterwards; what is not a number stays so.
+        """
+        builder, kind, integers = self.builder, ir.VectorType(F32, count), ir.VectorType(I32, count)
+        lowest = self.constant(-126.0, count)
+        bounded = builder.select(builder.fcmp_ordered(">", lowest, x), lowest, x)
+        whole = self.call(f"llvm.rint.v{count}f32", kind, bounded)
+        rest = builder.fsub(bounded, whole)
+        value = self.constant(_SHORT_EXP2[-1], count)
+        for coefficient in reversed(_SHORT_EXP2[:-1]):
+            value = self.plus(self.times(value, rest), self.constant(coefficient, count))
+        exponent = builder.shl(builder.fptosi(whole, integers), _all(I32, 23, count))
+        return builder.bitcast(builder.add(builder.bitcast(value, integers), exponent), kind)
+
+    def root(self, number: Any) -> Any:
+        """The square root of one number."""
+        return self.call("llvm.sqrt.f32", F32, number)
+
+    def _pick(self, left: Any, right: Any, places: Sequence[int]) -> Any:
         mask = ir.Constant(ir.VectorType(I32, len(places)), [ir.Constant(I32, place) for place in places])
         return self.builder.shuffle_vector(left, right, mask)
 
@@ -182,6 +324,31 @@ _EXP2: Final = (
     0.0013333558146428443,
     0.00015403530393381608,
 )
+_SHORT_EXP2: Final = (
+    0.99999926,
+    0.69312183,
+    0.24024745,
+    0.05591771,
+    0.00957004,
+)
+
+
+class Inner(Kernel):
+    """See `Kernel.inner`: its arguments are the numbers themselves. To be finished with `end`."""
+
+    def __init__(self, module: Any, name: str, num_values: int) -> None:
+        self.module = module
+        function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * num_values), name)
+        function.linkage = "internal"
+        function.attributes.add("noinline")  # one copy of each serves all calls, and compiles in a fraction of the time
+        self._open(function)
+
+    def argument(self, index: int) -> Any:
+        return self.function.args[index]
+
+    def end(self) -> "Inner":
+        self.builder.ret_void()
+        return self
 
 
 class Sums:
@@ -214,22 +381,33 @@ class Sums:
 class Compiled:
     """Machine code and what keeps it in memory; `address` is that of its function."""
 
-    def __init__(self, kernel: Kernel) -> None:
+    def __init__(self, kernel: Kernel, cache: CodeCache | None = None) -> None:
+        """`cache`: where the code is looked up first, and put if it was not there."""
         kernel.builder.ret_void()
-        target = llvm.Target.from_default_triple()
-        machine = target.create_target_machine(
-            cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
-        )
-        module = llvm.parse_assembly(str(kernel.module))
-        module.verify()
-        options = llvm.create_pipeline_tuning_options(speed_level=3)
-        options.loop_unrolling = False  # what pays is unrolled by hand
-        passes = llvm.create_pass_builder(machine, options)
-        passes.getModulePassManager().run(module, passes)
-        self.assembly = machine.emit_assembly(module)
-        self._engine = llvm.create_mcjit_compiler(module, machine)
+        cpu, features = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
+        machine = llvm.Target.from_default_triple().create_target_machine(cpu=cpu, features=features, opt=3)
+        text = str(kernel.module)
+        made_for = (text, cpu, features, llvmlite.__version__, str(llvm.llvm_version_info), str(_VERSION))
+        code = None if cache is None else cache.find(made_for)
+        if code is None:
+            code = _machine_code(text, machine)
+            if cache is not None:
+                cache.keep(made_for, code)
+        self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+        self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         self._engine.finalize_object()
         self.address: int = self._engine.get_function_address(kernel.function.name)
+
+
+def _machine_code(text: str, machine: Any) -> bytes:
+    """An object file."""
+    module = llvm.parse_assembly(text)
+    module.verify()
+    options = llvm.create_pipeline_tuning_options(speed_level=3)
+    options.loop_unrolling = False  # what pays is unrolled by hand
+    passes = llvm.create_pass_builder(machine, options)
+    passes.getModulePassManager().run(module, passes)
+    return bytes(machine.emit_object(module))
 
 
 def prepare() -> None:
@@ -247,4 +425,4 @@ def _all(kind: Any, value: float, count: int) -> Any:
 
 
 def _size(kind: Any) -> int:
-    return {I16: 2, HALF: 2, I32: 4, F32: 4, I64: 8}[kind]
+    return {I8: 1, I16: 2, HALF: 2, I32: 4, F32: 4, I64: 8}[kind]
