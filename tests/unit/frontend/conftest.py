@@ -1,12 +1,17 @@
 """A fake core in a thread, and a model folder, for tests of what stands on the connection."""
 
+import io
 import pathlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 
+from folovllm.frontend.cli.main import run
 from tests.fakes.fake_core_for_frontend import FakeCore
 from tests.fakes.model_folder import write_model_folder
+
+Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +24,16 @@ def core(model_folder: pathlib.Path, tmp_path: pathlib.Path) -> Iterator[FakeCor
     """Answers with the prompt backwards, again and again."""
     with FakeCore(f"ipc://{tmp_path}/core", model=str(model_folder)) as fake:
         yield fake
+
+
+@pytest.fixture
+def folo(core: FakeCore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs a command against the fake core; returns exit code, stdout, stderr."""
+
+    def call(*args: str, stdin: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        code = run([*args, "--engine", core.endpoint])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call

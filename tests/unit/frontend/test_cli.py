@@ -1,6 +1,5 @@
 """The command line against a fake core: output, exit codes, help pages, and what it imports for them."""
 
-import io
 import json
 import pathlib
 import re
@@ -8,7 +7,6 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
@@ -19,30 +17,15 @@ from folovllm.common.config import EngineConfig
 from folovllm.common.messages.frontend_core import Grammar
 from folovllm.common.sampling_params import SamplingParams
 from folovllm.frontend import int32
-from folovllm.frontend.cli.chat import Conversation
 from folovllm.frontend.cli.main import cli, run
 from folovllm.frontend.cli.options import ENGINE_OPTIONS, SAMPLING_OPTIONS
 from folovllm.frontend.engine_options import EngineOptions
 from folovllm.frontend.llm import LLM
 from tests.fakes.fake_core_for_frontend import FakeCore
 from tests.fakes.model_folder import ids_of, write_model_folder
+from tests.unit.frontend.conftest import Run
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def folo(core: FakeCore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs a command against the fake core; returns exit code, stdout, stderr."""
-
-    def call(*args: str, stdin: str = "") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        code = run([*args, "--engine", core.endpoint])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 def test_generate_prints_prompt_and_answer(folo: Run) -> None:
@@ -174,77 +157,6 @@ def test_ctrl_c_is_exit_code_130(folo: Run, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(LLM, "generate", interrupted)
     assert folo("generate", "abc")[0] == 130
-
-
-def test_chat_quick_answers_and_exits(folo: Run, core: FakeCore) -> None:
-    code, out, err = folo("chat", "--quick", "hi", "--max-tokens", "6")
-    assert (code, out) == (0, "\ntnats\n")  # the rendered prompt backwards
-    assert "cut: --max-tokens" in err
-    (request,) = core.requests
-    assert request.stream
-
-
-@pytest.mark.parametrize("args, temperature", [((), 0.2), (("--temperature", "0.9"), 0.9), (("--top-k", "5"), 1.0)])
-def test_chat_lowers_the_temperature_only_where_nobody_chose(
-    folo: Run, core: FakeCore, args: tuple[str, ...], temperature: float
-) -> None:
-    assert folo("chat", "--quick", "hi", "--max-tokens", "1", *args)[0] == 0
-    assert core.requests[0].sampling.temperature == temperature
-
-
-def test_chat_without_terminal_reads_lines_and_remembers(folo: Run, core: FakeCore) -> None:
-    lines = "one\n/stats\n/clear\ntwo\n/bogus\n/help\n/exit\nnever\n"
-    code, out, err = folo("chat", "--system", "S", "--max-tokens", "2", stdin=lines)
-    assert code == 0
-    assert "process" in err, "the start-up table"
-    assert "last answer: 2 tokens" in out
-    assert "(forgotten)" in out
-    assert "/bogus is not known" in out
-    assert len(core.requests) == 2
-    sizes = [len(request.prompt_token_ids) for request in core.requests]
-    assert sizes[0] == sizes[1], "the conversation was forgotten in between"
-
-
-def test_chat_ask_answers_each_and_keeps_the_conversation(folo: Run, core: FakeCore) -> None:
-    code, out, _ = folo("chat", "--ask", "a", "--ask", "b", "--max-tokens", "1", "--no-table", stdin="never\n")
-    assert code == 0
-    assert re.findall(r"^you> (.)$", out, re.MULTILINE) == ["a", "b"]
-    assert len(core.requests) == 2
-    assert len(core.requests[1].prompt_token_ids) > len(core.requests[0].prompt_token_ids)
-
-
-def test_chat_tells_a_refused_question_and_goes_on(folo: Run, core: FakeCore) -> None:
-    code, _, err = folo("chat", "--no-table", "--max-tokens", "1", stdin="x" * 70 + "\nok\n")
-    assert code == 0
-    assert "Error: the prompt has" in err
-    assert len(core.requests) == 1
-
-
-@pytest.fixture
-def conversation(core: FakeCore) -> Iterator[Conversation]:
-    with LLM(engine=core.endpoint) as llm:
-        yield Conversation(llm, SamplingParams(max_tokens=3), None)
-
-
-def test_ctrl_c_stops_the_answer_and_keeps_what_came(
-    conversation: Conversation, core: FakeCore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupted(*args: Any) -> None:
-        raise KeyboardInterrupt
-
-    core.gate.clear()
-    monkeypatch.setattr(conversation._llm, "_next_delta", interrupted)
-    assert not conversation.answer("hi")
-    assert "[stopped]" in capsys.readouterr().out
-    assert [message["role"] for message in conversation.messages] == ["user", "assistant"]
-    assert core.wait_until(lambda: core.aborted == [0])
-
-
-def test_a_failed_answer_is_not_remembered(conversation: Conversation, core: FakeCore) -> None:
-    core.fail_with = lambda request: "broken"
-    with pytest.raises(RuntimeError, match="broken"):
-        conversation.answer("hi")
-    assert conversation.messages == []
 
 
 def test_the_engines_options_are_all_there() -> None:
