@@ -14,10 +14,12 @@ from folovllm.common.errors import ModelError
 
 Architecture = Literal["Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM"]
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+QuantizationMethod = Literal["gptq"]
 
 SUPPORTED_ARCHITECTURES: tuple[Architecture, ...] = ("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM")
 SUPPORTED_ROPE_TYPES: tuple[RopeType, ...] = ("default", "linear", "dynamic", "llama3", "yarn")
 SUPPORTED_DTYPES = ("bfloat16", "float16", "float32")
+SUPPORTED_QUANTIZATION: tuple[QuantizationMethod, ...] = ("gptq",)
 
 _DEFAULT_MAX_POSITIONS: dict[str, int] = {"LlamaForCausalLM": 2048}
 _QWEN_MAX_POSITIONS = 32768
@@ -64,6 +66,18 @@ class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
     truncate: bool = True
 
 
+class QuantizationConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How a checkpoint's linear layers are stored.
+
+    Attributes:
+        method: key of the worker's registry.
+        fields: what the file says, as spelled there; the method's own module checks it.
+    """
+
+    method: QuantizationMethod
+    fields: dict[str, Any]
+
+
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The network's shape and numbers, as config.json gives them.
 
@@ -75,6 +89,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         attention_bias: whether q, k, v and o projections have a bias (Llama, Qwen3; Qwen2 always has q, k, v only).
         mlp_bias: whether the MLP's projections have a bias (Llama).
         dtype: type the checkpoint says it is stored in; None where the file does not say.
+        quantization: how its linear layers are quantized; None if they are not.
         eos_token_ids, bos_token_id: as in config.json; generation_config.json's count before these.
     """
 
@@ -93,6 +108,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     attention_bias: bool = False
     mlp_bias: bool = False
     dtype: str | None = None
+    quantization: QuantizationConfig | None = None
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
 
@@ -198,7 +214,7 @@ class _ArchitectureOnly(msgspec.Struct):
 
 
 def read_model_config(folder: pathlib.Path) -> ModelConfig:
-    """Reads `folder`/config.json.
+    """Reads `folder`/config.json, and quantize_config.json where AutoGPTQ has put one beside it.
 
     Raises:
         ModelError: it is missing, is no valid JSON, lacks a field, or asks for something that is not supported.
@@ -211,7 +227,7 @@ def read_model_config(folder: pathlib.Path) -> ModelConfig:
     try:
         architecture = _architecture(msgspec.json.decode(data, type=_ArchitectureOnly).architectures)
         raw = msgspec.json.decode(data, type=_RawConfig)
-        return _checked_config(raw, architecture)
+        return _checked_config(raw, architecture, raw.quantization_config or _quantize_config(folder))
     except (msgspec.DecodeError, ModelError) as error:
         raise ModelError(f"{path}: {error}") from error
 
@@ -236,7 +252,18 @@ def end_of_sequence_ids(config: ModelConfig, defaults: GenerationDefaults) -> tu
     return defaults.eos_token_ids or config.eos_token_ids
 
 
-def _checked_config(raw: _RawConfig, architecture: Architecture) -> ModelConfig:
+def _quantize_config(folder: pathlib.Path) -> dict[str, Any] | None:
+    path = folder / "quantize_config.json"
+    if not path.is_file():
+        return None
+    try:
+        fields = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except (OSError, msgspec.DecodeError) as error:
+        raise ModelError(f"{path}: {error}") from error
+    return {"quant_method": "gptq"} | fields  # the file is older than the field
+
+
+def _checked_config(raw: _RawConfig, architecture: Architecture, quantization: dict[str, Any] | None) -> ModelConfig:
     _refuse_unsupported(raw)
     max_positions = raw.max_position_embeddings
     if max_positions is None:
@@ -257,6 +284,7 @@ def _checked_config(raw: _RawConfig, architecture: Architecture) -> ModelConfig:
         attention_bias=raw.attention_bias,
         mlp_bias=raw.mlp_bias,
         dtype=_dtype_name(raw.dtype or raw.torch_dtype),
+        quantization=_quantization(quantization),
         eos_token_ids=_as_ids(raw.eos_token_id),
         bos_token_id=raw.bos_token_id,
     )
@@ -275,14 +303,24 @@ def _architecture(names: list[str] | None) -> Architecture:
 
 
 def _refuse_unsupported(raw: _RawConfig) -> None:
-    if raw.quantization_config is not None:
-        method = raw.quantization_config.get("quant_method", "unknown")
-        raise ModelError(f"quantization {method!r} is not supported; supported are unquantized {_dtype_list()} weights")
     if raw.hidden_act not in (None, "silu"):
         raise ModelError(f"hidden_act {raw.hidden_act!r} is not supported; supported is 'silu'")
     window = _sliding_window_in_use(raw)
     if window:
         raise ModelError(f"sliding window attention ({window}) is not supported; supported is full attention only")
+
+
+def _quantization(fields: dict[str, Any] | None) -> QuantizationConfig | None:
+    if fields is None:
+        return None
+    found = fields.get("quant_method", "unknown")
+    for method in SUPPORTED_QUANTIZATION:
+        if found == method:
+            return QuantizationConfig(method=method, fields=fields)
+    raise ModelError(
+        f"quantization {found!r} is not supported; supported are {', '.join(SUPPORTED_QUANTIZATION)} and unquantized "
+        f"{_dtype_list()} weights"
+    )
 
 
 def _sliding_window_in_use(raw: _RawConfig) -> str:

@@ -32,6 +32,7 @@ from folovllm.worker_proc.kv_tensors import KVTensors, bytes_per_block
 from folovllm.worker_proc.model_runner import ModelRunner
 from folovllm.worker_proc.models.registry import CausalLM, build_model
 from folovllm.worker_proc.phases import Phases
+from folovllm.worker_proc.quantization.registry import linear_maker, type_around
 from folovllm.worker_proc.rehearsal import Rehearsal, rehearsal_steps
 from folovllm.worker_proc.request_states import RequestStates
 from folovllm.worker_proc.sample.processors import LogitsProcessor, load_processors
@@ -105,11 +106,14 @@ class Startup:
         stored = model_config.dtype
         if stored is None and self._config.load_format == "auto":
             stored = checkpoint_dtype(self._folder)
-        return place(choose_device(self._config.device), resolve_dtype(self._config.dtype, stored))
+        device = choose_device(self._config.device)
+        return place(device, resolve_dtype(self._config.dtype, type_around(model_config, device, stored)))
 
     def _load(self, model_config: ModelConfig, placement: Placement) -> tuple[CausalLM, int]:
         """The model with its weights, and their bytes."""
-        model = build_model(model_config, placement, self._max_model_len)
+        files = None if self._config.load_format == "dummy" else self._folder
+        linears = linear_maker(model_config, placement, files)
+        model = build_model(model_config, placement, self._max_model_len, linears)
         weight_bytes = sum(tensor.nbytes for _, tensor in model.checkpoint_tensors())
         if self._config.load_format == "dummy":
             fill_dummy_weights(model, self._config.seed)

@@ -18,7 +18,10 @@ _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"  # a derived table that old checkpoints store
 _STORED_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+_HEADER_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+_PACKED = "I32"  # in the header: quantized numbers
 _DUMMY_STD = 0.02
+_DUMMY_SCALE = _DUMMY_STD / 4.6  # numbers from 0 to 15 spread with a standard deviation of 4.6 around their middle
 
 
 class _Index(msgspec.Struct):
@@ -51,6 +54,10 @@ def fill_dummy_weights(model: CausalLM, seed: int) -> None:
     for name, place in model.checkpoint_tensors():
         if name.endswith("norm.weight"):
             place.fill_(1.0)
+        elif name.endswith(".scales"):
+            place.fill_(_DUMMY_SCALE)
+        elif place.dtype == torch.int32:  # packed numbers
+            place.copy_(torch.randint(-(2**31), 2**31, place.shape, generator=generator))
         else:
             place.copy_(torch.randn(place.shape, generator=generator).mul_(_DUMMY_STD))
     model.finish_loading()
@@ -77,11 +84,29 @@ def checkpoint_files(folder: pathlib.Path) -> list[pathlib.Path]:
     return [folder / name for name in names]
 
 
+def stored_shapes(folder: pathlib.Path) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of the tensors of the checkpoint in `folder`; only headers are read.
+
+    Raises:
+        ModelError: as `checkpoint_files`, or a file is damaged.
+    """
+    found = {}
+    for path in checkpoint_files(folder):
+        with _open(path) as file:
+            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                found[name] = tuple(file.get_slice(name).get_shape())
+    return found
+
+
 def checkpoint_dtype(folder: pathlib.Path) -> str | None:
-    """Type of the first tensor of the checkpoint, for a config.json that names none; None if it is no usual one."""
+    """Type of the checkpoint's first tensor of floating-point numbers, for a config.json that names none.
+
+    None if it is no usual one, or there is none.
+    """
     path = checkpoint_files(folder)[0]
     with _open(path) as file:
-        return _STORED_DTYPES.get(file.get_tensor(min(file.keys())).dtype)
+        kinds = (file.get_slice(name).get_dtype() for name in sorted(file.keys()))
+        return _HEADER_DTYPES.get(next((kind for kind in kinds if kind != _PACKED), ""))
 
 
 def _open(path: pathlib.Path) -> safetensors.safe_open:
@@ -102,8 +127,9 @@ def _load_file(path: pathlib.Path, places: dict[str, torch.Tensor], spare: froze
 
 
 def _copy(path: pathlib.Path, name: str, stored: torch.Tensor, place: torch.Tensor) -> None:
-    if stored.dtype not in _STORED_DTYPES:
-        supported = ", ".join(_STORED_DTYPES.values())
+    accepted = {torch.int32: "int32"} if place.dtype == torch.int32 else _STORED_DTYPES
+    if stored.dtype not in accepted:
+        supported = ", ".join(accepted.values())
         raise ModelError(f"{path}: tensor {name!r} is stored as {stored.dtype}; supported are {supported}")
     if stored.shape != place.shape:
         raise ModelError(

@@ -10,6 +10,7 @@ from folovllm.common.errors import ModelError
 from folovllm.common.model_config import (
     GenerationDefaults,
     ModelConfig,
+    QuantizationConfig,
     RopeConfig,
     end_of_sequence_ids,
     read_generation_defaults,
@@ -141,7 +142,8 @@ def test_lengths_of_linear_and_dynamic(tmp_path: pathlib.Path) -> None:
         ({"architectures": ["MixtralForCausalLM"]}, r"'MixtralForCausalLM' is not supported; supported are Qwen3"),
         ({"architectures": ...}, "'architectures' is missing"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported is 'silu'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization 'gptq' is not supported"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization 'awq' is not supported; supported are gptq"),
+        ({"quantization_config": {"bits": 4}}, "quantization 'unknown' is not supported"),
         ({"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, "sliding window attention"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has sliding_attention"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "per layer type"),
@@ -159,6 +161,17 @@ def test_what_is_not_supported_is_named(tmp_path: pathlib.Path, changes: dict[st
     with pytest.raises(ModelError, match=message) as caught:
         read(tmp_path, **changes)
     assert str(tmp_path / "config.json") in str(caught.value)
+
+
+def test_quantization_in_either_file(tmp_path: pathlib.Path) -> None:
+    fields = {"bits": 4, "group_size": 128}
+    (tmp_path / "quantize_config.json").write_text(json.dumps(fields))
+    assert read(tmp_path).quantization == QuantizationConfig(method="gptq", fields={"quant_method": "gptq"} | fields)
+    own = {"quant_method": "gptq", "bits": 8}
+    assert read(tmp_path, quantization_config=own).quantization == QuantizationConfig(method="gptq", fields=own)
+    (tmp_path / "quantize_config.json").write_text("[]")
+    with pytest.raises(ModelError, match=r"quantize_config\.json"):
+        read(tmp_path)
 
 
 def test_windows_that_touch_no_layer_are_accepted(tmp_path: pathlib.Path) -> None:

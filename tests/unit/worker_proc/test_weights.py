@@ -10,7 +10,7 @@ from folovllm.worker_proc.attention.torch_naive import TorchNaiveBackend
 from folovllm.worker_proc.device import Placement
 from folovllm.worker_proc.kv_tensors import KVTensors
 from folovllm.worker_proc.models.registry import CausalLM, build_model
-from folovllm.worker_proc.weights import checkpoint_dtype, checkpoint_files, load_weights
+from folovllm.worker_proc.weights import checkpoint_dtype, checkpoint_files, load_weights, stored_shapes
 from tests.fakes.attention import PagedRequest, build_metadata
 from tests.fakes.tiny_models import VOCAB_SIZE, edit_config, edit_tensors, load_reference, make_model
 
@@ -130,3 +130,14 @@ def test_stored_types_are_cast(tmp_path: pathlib.Path, stored: torch.dtype) -> N
     assert close(logits_of(load(tmp_path), tmp_path), reference(tmp_path))
     tensors = dict(load(tmp_path, torch.float16).checkpoint_tensors())
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+
+
+def test_type_and_shapes_of_a_checkpoint_with_packed_numbers(tmp_path: pathlib.Path) -> None:
+    make_model(tmp_path, "llama", dtype=torch.bfloat16)
+    packed = torch.zeros(8, 64, dtype=torch.int32)
+    edit_tensors(tmp_path, {"a.first.qweight": packed})
+    assert checkpoint_dtype(tmp_path) == "bfloat16"
+    shapes = stored_shapes(tmp_path)
+    assert shapes["a.first.qweight"] == (8, 64) and shapes["model.embed_tokens.weight"] == (VOCAB_SIZE, 64)
+    with pytest.raises(ModelError, match=r"'a\.first\.qweight' is not part of this model"):
+        load(tmp_path)
