@@ -23,6 +23,22 @@ I64: Final = ir.IntType(64)
 F32: Final = ir.FloatType()
 HALF: Final = ir.HalfType()
 
+
+class _BFloat(ir.types.Type):  # type: ignore[misc]  # llvmlite has no types; this one it does not know
+    """LLVM's type for bf16, which processors that multiply such numbers name in their functions."""
+
+    def __str__(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+BF16: Final = _BFloat()
+
 _VERSION: Final = 1  # of how code is made from the same text: to be raised with it
 _CONTRACT: Final = ("contract",)  # a product and a sum may become one fused operation; nothing else is rearranged
 
@@ -244,6 +260,10 @@ class Kernel:
                 square[first], square[first + distance] = self._pick(*pair, low), self._pick(*pair, high)
             distance //= 2
         return square
+
+    def every_second(self, vector: Any, count: int, first: int) -> Any:
+        """Half of a vector of `count` numbers: `first` (0 or 1), and every second one from there on."""
+        return self._pick(vector, vector, range(first, count, 2))
 
     def folded(self, vector: Any, count: int, to: int) -> Any:
         """A vector of `count` numbers added up in halves until `to` are left."""
