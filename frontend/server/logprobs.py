@@ -24,6 +24,32 @@ def chat_logprobs(
     return ChoiceLogprobs(content=content)
 
 
+def content_logprobs(
+    tokenizer: Tokenizer,
+    tokens: Sequence[tuple[int, dict[int, Logprob]]],
+    text: str,
+    content: str,
+    num_top: int,
+) -> list[TokenLogprob]:
+    """As `chat_logprobs`, of those tokens that the end of a text is made of.
+
+    Args:
+        tokenizer: the model's.
+        tokens: those of `text`, with their entries; more may follow that gave no text, such as the one that ended it.
+        text: begins with thoughts, or their tags.
+        content: what is left of it without them, its end.
+        num_top: alternatives to report.
+    """
+    begin, end = len(text) - len(content), len(text)
+    kept, place = [], 0
+    for token_id, entry in tokens:
+        behind = place + len(entry[token_id].decoded_token or "")
+        if place < end and (behind > begin or place >= begin):  # a token without text belongs to the next character
+            kept.append((token_id, entry))
+        place = behind
+    return chat_logprobs(tokenizer, [token_id for token_id, _ in kept], [entry for _, entry in kept], num_top).content
+
+
 def _shown(tokenizer: Tokenizer, token_id: int, logprob: Logprob) -> dict[str, Any]:
     text = logprob.decoded_token or ""
     data = tokenizer.token_bytes(token_id) if tokenizer.byte_level else text.encode()

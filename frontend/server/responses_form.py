@@ -17,9 +17,7 @@ _UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "conversation": (None,),
     "prompt": (None,),
     "max_tool_calls": (None,),
-    "top_logprobs": (None, 0),
     "truncation": (None, "disabled"),
-    "include": (None, []),
 }
 _ITEM_FIELDS: Mapping[str, frozenset[str]] = {
     "message": frozenset({"role", "content", "phase"}),
@@ -28,6 +26,7 @@ _ITEM_FIELDS: Mapping[str, frozenset[str]] = {
     "reasoning": frozenset({"summary", "content", "encrypted_content"}),
 }
 _ANYWHERE = frozenset({"type", "id", "status"})
+_LOGPROBS = "message.output_text.logprobs"
 
 
 def to_chat_request(body: ResponsesRequest, fields: FieldCheck) -> ChatRequest:
@@ -54,6 +53,8 @@ def to_chat_request(body: ResponsesRequest, fields: FieldCheck) -> ChatRequest:
         tools=_tools(body),
         tool_choice=_tool_choice(body.tool_choice),
         parallel_tool_calls=body.parallel_tool_calls,
+        logprobs=_LOGPROBS in (body.include or []),
+        top_logprobs=body.top_logprobs or None,
         response_format=None if text_format is None else _response_format(text_format),
         reasoning_effort=body.reasoning.effort if body.reasoning else None,
         cache_salt=body.cache_salt,
@@ -69,11 +70,23 @@ def _check(body: ResponsesRequest) -> None:
     for name, neutral in _UNSUPPORTED.items():
         if getattr(body, name) not in neutral:
             raise RequestError(f"{name} is not supported: nothing is kept between two requests", name)
-    reasoning = body.reasoning
-    if reasoning and (reasoning.summary not in (None, "auto") or reasoning.generate_summary not in (None, "auto")):
-        raise RequestError("reasoning is not summarized", "reasoning.summary")
+    _check_include(body)
+    for name in ("summary", "generate_summary"):
+        if body.reasoning and getattr(body.reasoning, name) not in (None, "auto"):
+            raise RequestError("thoughts are given as they are, not summarized", f"reasoning.{name}")
     if body.text and body.text.verbosity not in (None, "medium"):
         raise RequestError("text.verbosity is not supported", "text.verbosity")
+
+
+def _check_include(body: ResponsesRequest) -> None:
+    for name in body.include or []:
+        if name != _LOGPROBS:
+            raise RequestError(f"include={name[:80]!r} is not supported, only {_LOGPROBS!r}", "include")
+    if not body.include:
+        if body.top_logprobs:
+            raise RequestError(f"top_logprobs needs include=[{_LOGPROBS!r}]", "top_logprobs")
+    elif body.tools:
+        raise RequestError("log probabilities and tools do not go together: a call is no text", "include")
 
 
 def _tools(body: ResponsesRequest) -> list[Tool] | None:

@@ -8,7 +8,8 @@ import httpx
 import openai
 import pytest
 
-from tests.integration.conftest import Daemon
+from tests.fakes.model_folder import CHAT_TEMPLATE, write_model_folder
+from tests.integration.conftest import Daemon, eventually
 from tests.integration.serving import ServeProcess
 
 COMP = "/v1/completions"
@@ -126,3 +127,88 @@ def test_the_official_client_over_a_socket(http: httpx.Client) -> None:
         next(iter(broken_off))
         broken_off.close()
         assert client.models.list().data[0].id == "tiny"
+
+
+def tool(name: str) -> dict[str, Any]:
+    """A function whose every call is a short text."""
+    parameters = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+    return {
+        "type": "function",
+        "function": {"name": name, "parameters": parameters | {"additionalProperties": False}},
+    }
+
+
+@pytest.fixture(scope="module")
+def tool_url(daemon: Daemon, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server of the same engine, whose chat template knows tools and opens the thoughts."""
+    folder = write_model_folder(tmp_path_factory.mktemp("tools") / "tiny")
+    template = CHAT_TEMPLATE.replace("assistant\n{% endif", "assistant\n<think>\n{% endif").replace(
+        "{{ message.content }}", "{{ message.content }}{% for call in message.tool_calls or [] %}{{ call }}{% endfor %}"
+    )
+    template += "{{ tools | length if tools }}{# <tool_call> </think> #}"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "chat_template": template}))
+    server = ServeProcess(
+        ["--engine", daemon.endpoint, "--served-model-name", "tiny", "--tokenizer", str(folder)],
+    )
+    try:
+        yield server.wait_ready().url
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "second"}}])
+def test_a_call_that_is_asked_for_comes_and_its_result_goes_back(tool_url: str, choice: Any) -> None:
+    """A model of random weights calls nothing by itself: the grammar makes it."""
+    messages: list[Any] = [{"role": "user", "content": "hi"}]
+    asked: dict[str, Any] = {"model": "tiny", "tools": [tool("first"), tool("second")], "max_tokens": 400}
+    with openai.OpenAI(base_url=f"{tool_url}/v1", api_key="none", max_retries=0) as client:
+        answer = client.chat.completions.create(
+            messages=messages, tool_choice=choice, parallel_tool_calls=False, temperature=1.5, seed=3, **asked
+        ).choices[0]
+        assert answer.finish_reason == "tool_calls"
+        assert answer.message.content is None
+        (call,) = answer.message.tool_calls or []
+        assert isinstance(call, openai.types.chat.ChatCompletionMessageFunctionToolCall)
+        assert call.function.name in ({"first", "second"} if choice == "required" else {"second"})
+        assert json.loads(call.function.arguments)["a"] in (1, 2)
+        streamed = client.chat.completions.create(
+            messages=messages,
+            tool_choice=choice,
+            parallel_tool_calls=False,
+            temperature=1.5,
+            seed=3,
+            stream=True,
+            **asked,
+        )
+        pieces = [chunk.choices[0].delta.tool_calls or [] for chunk in streamed]
+        told = "".join(piece.function.arguments or "" for some in pieces for piece in some if piece.function)
+        assert told == call.function.arguments
+        messages += [answer.message.model_dump(exclude_none=True)]
+        messages += [{"role": "tool", "tool_call_id": call.id, "content": "42"}]
+        last = client.chat.completions.create(messages=messages, tool_choice="none", **asked | {"max_tokens": 8})
+        assert last.choices[0].finish_reason in ("stop", "length")
+        assert last.usage is not None
+        assert last.usage.prompt_tokens > 40
+
+
+def test_the_inspector_shows_the_engine_at_work(http: httpx.Client) -> None:
+    body = {"prompt": "abc", "max_tokens": 490, "ignore_eos": True, "stream": True}
+
+    def look() -> Any:
+        with http.stream("POST", COMP, json=body) as response:
+            next(line for line in response.iter_lines() if line.startswith("data: {"))
+            return http.get("/inspector/state").json()
+
+    state = next(
+        state for state in (look() for _ in range(50)) if state["requests"]
+    )  # on a busy machine it may be late
+    (request,) = state["requests"]
+    assert (request["status"], request["num_prompt_tokens"], request["max_tokens"]) == ("running", 3, 490)
+    assert request["num_computed_tokens"] >= 3
+    assert state["stats"]["num_running"] == 1
+    assert state["engine"]["block_size"] == 16
+    assert len(state["blocks"]) == -(-state["stats"]["num_blocks"] // state["block_stride"]) == 256
+    assert state["blocks"].count("2") >= 1
+    assert any(step["num_decode_tokens"] == 1 for step in state["steps"])
+    assert any(step["num_prefill_tokens"] > 0 for step in state["steps"])
+    assert eventually(lambda: http.get("/inspector/state").json()["requests"] == [])

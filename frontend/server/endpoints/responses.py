@@ -10,14 +10,16 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from folovllm.frontend.outputs import CompletionOutput, RequestOutput
+from folovllm.frontend.outputs import CompletionOutput, Logprob, RequestOutput
 from folovllm.frontend.server.answers import in_portions, whole
 from folovllm.frontend.server.bodies import FieldCheck
 from folovllm.frontend.server.chat_call import ChatCall, prepare_chat
 from folovllm.frontend.server.context import ServerContext, ignored_header, json_response, request_id_of
 from folovllm.frontend.server.endpoint import Endpoint
 from folovllm.frontend.server.errors import ApiError
+from folovllm.frontend.server.logprobs import content_logprobs
 from folovllm.frontend.server.parsers.base import CallDelta
+from folovllm.frontend.server.protocol.chat import TokenLogprob
 from folovllm.frontend.server.protocol.responses import (
     ArgumentsDeltaEvent,
     ArgumentsDoneEvent,
@@ -86,6 +88,8 @@ class _Writer:
         self._splitter = call.splitter()
         self._usage = UsageCount()
         self._items: list[Item] = []
+        self._tokens: list[tuple[int, dict[int, Logprob]]] = []  # of a text of which nothing has been told yet
+        self._text = ""
         self._is_open = False
         self._number = 0  # of the next event
 
@@ -100,7 +104,9 @@ class _Writer:
                 ReasoningItem(id=_id("rs"), status=ending, content=[ReasoningText(text=parts.reasoning)])
             )
         if parts.content or not (parts.reasoning or parts.calls):
-            self._items.append(MessageItem(id=_id("msg"), status=ending, content=[OutputText(text=parts.content)]))
+            self._take(part)
+            text = OutputText(text=parts.content, logprobs=self._logprobs(parts.content))
+            self._items.append(MessageItem(id=_id("msg"), status=ending, content=[text]))
         for call in self._splitter.whole_calls(parts.calls):
             self._items.append(
                 FunctionCallItem(
@@ -131,10 +137,26 @@ class _Writer:
             reasoning=body.reasoning,
             temperature=body.temperature,
             text=body.text,
+            top_logprobs=body.top_logprobs or 0,
             top_p=body.top_p,
             usage=None if status == "in_progress" else self._counts(),
             user=body.user,
         )
+
+    def _take(self, part: CompletionOutput) -> None:
+        """Keeps what is new until the parser says what it is."""
+        if part.logprobs is not None:
+            self._tokens += zip(part.token_ids, part.logprobs, strict=True)
+            self._text += part.text
+
+    def _logprobs(self, content: str) -> list[TokenLogprob]:
+        """Those of the text's end; what is before it belongs to thoughts, whose log probabilities nobody asks for."""
+        if self._call.num_top is None:
+            return []
+        tokenizer = self._context.need_tokenizer()
+        found = content_logprobs(tokenizer, self._tokens, self._text, content, self._call.num_top)
+        self._tokens, self._text = [], ""
+        return found
 
     def _counts(self) -> ResponsesUsage:
         thoughts = self._splitter.reasoning
@@ -177,6 +199,7 @@ class _Writer:
         yield ResponseEvent(type="response.in_progress", response=answer_so_far, sequence_number=self._next())
 
     def _of_part(self, part: CompletionOutput) -> Iterator[ResponsesEvent]:
+        self._take(part)
         parts = self._splitter.push(part.text, last=part.finished)
         if parts.reasoning:
             yield from self._more_text(parts.reasoning, ReasoningItem)
@@ -200,11 +223,15 @@ class _Writer:
         item = self._items[-1]
         assert not isinstance(item, FunctionCallItem), "an item of this kind was opened"
         item.content[0].text += text
+        logprobs = self._logprobs(text) if isinstance(item, MessageItem) else []
+        if isinstance(item, MessageItem):
+            item.content[0].logprobs = [*item.content[0].logprobs, *logprobs]
         yield TextDeltaEvent(
             type="response.output_text.delta" if kind is MessageItem else "response.reasoning_text.delta",
             item_id=item.id,
             output_index=len(self._items) - 1,
             delta=text,
+            logprobs=logprobs,
             sequence_number=self._next(),
         )
 
@@ -282,6 +309,7 @@ class _Writer:
                 item_id=item.id,
                 output_index=index,
                 text=part.text,
+                logprobs=part.logprobs if isinstance(part, OutputText) else [],
                 sequence_number=self._next(),
             )
             yield PartEvent(

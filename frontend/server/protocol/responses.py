@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from folovllm.frontend.server.protocol.chat import TokenLogprob
 from folovllm.frontend.server.protocol.sampling import StreamOptions
 
 
@@ -42,7 +43,11 @@ class TextOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class ReasoningOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """How much the model thinks, where its chat template lets one say so. Summaries are not made: only null, "auto"."""
+    """How much the model thinks, where its chat template lets one say so.
+
+    Thoughts are given whole, as `content` of their item; no summary is made, so `summary` is null or "auto" (the best
+    there is), and the items' `summary` is empty.
+    """
 
     effort: str | None = None
     summary: str | None = None
@@ -62,10 +67,12 @@ class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
         tools, tool_choice, parallel_tool_calls: as for chats.
         text: what the text must look like.
         reasoning: how much the model thinks.
-        include: nothing can be included; only an empty list.
+        include: `message.output_text.logprobs` asks for log probabilities of the text's tokens; nothing else can be
+            included.
+        top_logprobs: alternatives to report with each of them, at most 20.
         cache_salt, priority, timeout_s, request_id, thinking_budget, chat_template_kwargs: as for chats.
-        store, background, previous_response_id, conversation, prompt, max_tool_calls, top_logprobs, truncation: not
-            supported beyond null, false, and "disabled": nothing is kept between two requests.
+        store, background, previous_response_id, conversation, prompt, max_tool_calls, truncation: not supported beyond
+            null, false, and "disabled": nothing is kept between two requests.
         metadata, user, safety_identifier, prompt_cache_key, prompt_cache_retention, service_tier: accepted; they
             concern OpenAI's own accounts. `metadata` comes back.
     """
@@ -118,7 +125,7 @@ class OutputText(msgspec.Struct, kw_only=True, tag="output_text", tag_field="typ
 
     text: str
     annotations: list[Any] = []
-    logprobs: list[Any] = []
+    logprobs: list[TokenLogprob] = []
 
 
 class ReasoningText(msgspec.Struct, kw_only=True, tag="reasoning_text", tag_field="type"):
@@ -214,6 +221,7 @@ class ResponsesAnswer(msgspec.Struct, kw_only=True):
     store: bool = False
     temperature: float | None = None
     text: TextOptions | None = None
+    top_logprobs: int = 0
     top_p: float | None = None
     truncation: str = "disabled"
     usage: ResponsesUsage | None = None
@@ -261,7 +269,7 @@ class TextDeltaEvent(msgspec.Struct, kw_only=True):
     delta: str
     sequence_number: int
     content_index: int = 0
-    logprobs: list[Any] = []
+    logprobs: list[TokenLogprob] = []
 
 
 class TextDoneEvent(msgspec.Struct, kw_only=True):
@@ -273,7 +281,7 @@ class TextDoneEvent(msgspec.Struct, kw_only=True):
     text: str
     sequence_number: int
     content_index: int = 0
-    logprobs: list[Any] = []
+    logprobs: list[TokenLogprob] = []
 
 
 class ArgumentsDeltaEvent(msgspec.Struct, kw_only=True):

@@ -124,6 +124,23 @@ def test_structured_outputs_are_parsed(saying: Script) -> None:
     with_openai(core, scenario)
 
 
+def test_log_probabilities_of_responses(saying: Script) -> None:
+    async def scenario(client: openai.AsyncOpenAI) -> None:
+        answer = await client.responses.create(
+            model="tiny", input="hi", include=["message.output_text.logprobs"], top_logprobs=1
+        )
+        (message,) = answer.output
+        assert message.type == "message"
+        (text,) = message.content
+        assert text.type == "output_text"
+        assert [(entry.token, entry.bytes, len(entry.top_logprobs)) for entry in text.logprobs or []] == [
+            ("o", [111], 1),
+            ("k", [107], 1),
+        ]
+
+    with_openai(saying("ok"), scenario)
+
+
 def test_responses_whole_and_streamed(saying: Script, formats: dict[str, str]) -> None:
     tool: Any = {"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": False}
 

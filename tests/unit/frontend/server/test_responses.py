@@ -12,6 +12,7 @@ from tests.fakes.http_server import Served, Visit, data_of, run
 Script = Callable[[str], FakeCore]
 PATH = "/v1/responses"
 TOOL = {"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": True}
+LOGPROBS = "message.output_text.logprobs"
 ANSWER = '(plan)ok[f:{"a":1}][f:{}]'
 
 
@@ -196,6 +197,10 @@ def test_what_is_asked_of_the_answer_arrives(saying: Script, formats: dict[str, 
         ({"include": ["reasoning.encrypted_content"]}, "include"),
         ({"truncation": "auto"}, "truncation"),
         ({"top_logprobs": 2}, "top_logprobs"),
+        ({"include": [LOGPROBS], "top_logprobs": 21}, "top_logprobs"),
+        ({"include": [LOGPROBS, "file_search_call.results"]}, "include"),
+        ({"include": [LOGPROBS], "tools": [TOOL]}, "include"),
+        ({"reasoning": {"generate_summary": "concise"}}, "reasoning.generate_summary"),
         ({"reasoning": {"summary": "detailed"}}, "reasoning.summary"),
         ({"reasoning": {"effort": "low"}}, "reasoning_effort"),
         ({"text": {"verbosity": "low"}}, "text.verbosity"),
@@ -236,3 +241,44 @@ def test_a_lenient_server_notes_unknown_fields_of_items(core: FakeCore) -> None:
         assert answer.headers["X-Ignored-Fields"] == "new, input[0].colour"
 
     run(core.endpoint, scenario, lenient=True)
+
+
+@pytest.mark.parametrize("said, text", [("Hé!", "Hé!"), ("(a plan)Hé!", "Hé!"), ("(only thoughts)", ""), ("", "")])
+def test_log_probabilities_are_those_of_the_text(saying: Script, formats: dict[str, str], said: str, text: str) -> None:
+    """Thoughts have none; the two bytes of é are two tokens, of which the second one shows it."""
+
+    async def scenario(server: Served) -> None:
+        body = {"input": "hi", "include": [LOGPROBS], "top_logprobs": 2}
+        answer = (await server.post(PATH, body)).json()
+        assert answer["top_logprobs"] == 2
+        told = [part for item in answer["output"] if item["type"] == "message" for part in item["content"]]
+        expected = list(text.encode())
+        entries = [entry for part in told for entry in part["logprobs"]]
+        assert [entry["logprob"] for entry in entries] == pytest.approx([-byte / 1000 for byte in expected])
+        assert [byte for entry in entries for byte in entry["bytes"]] == expected
+        assert "".join(entry["token"] for entry in entries) == text
+        assert all(len(entry["top_logprobs"]) == 2 for entry in entries)
+
+        events = await events_of(server, body)
+        final = [part for item in events[-1]["response"]["output"] for part in item["content"]]
+        assert [part["logprobs"] for part in final if part["type"] == "output_text"] == [p["logprobs"] for p in told]
+        deltas = [event for event in events if event["type"] == "response.output_text.delta"]
+        assert [entry for event in deltas for entry in event["logprobs"]] == entries
+        done = [event for event in events if event["type"] == "response.output_text.done"]
+        assert [event["logprobs"] for event in done] == [p["logprobs"] for p in told]
+        thoughts = [event for event in events if event["type"].startswith("response.reasoning_text")]
+        assert all(event["logprobs"] == [] for event in thoughts)
+
+    run(saying(said).endpoint, scenario, reasoning_parser=formats["reasoning_parser"])
+
+
+def test_without_being_asked_for_there_are_no_log_probabilities(saying: Script) -> None:
+    core = saying("x")
+
+    async def scenario(server: Served) -> None:
+        for more in ({}, {"include": []}, {"include": None, "top_logprobs": 0}, {"reasoning": {"summary": "auto"}}):
+            answer = (await server.post(PATH, {"input": "hi", **more})).json()
+            assert answer["output"][0]["content"][0]["logprobs"] == []
+        assert [request.sampling.logprobs for request in core.requests] == [None] * 4
+
+    run(core.endpoint, scenario)
