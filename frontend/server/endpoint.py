@@ -21,6 +21,7 @@ class Endpoint:
         body: Struct of the request's body, None for none.
         answer: Struct of the answer, None for one that is no JSON.
         events: Structs that the events of its stream hold; none where it does not stream.
+        errors: statuses of its errors and what they hold, besides those of every endpoint with a body (`openapi`).
     """
 
     method: str
@@ -30,3 +31,4 @@ class Endpoint:
     body: type[msgspec.Struct] | None = None
     answer: type[msgspec.Struct] | None = None
     events: tuple[type[msgspec.Struct], ...] = ()
+    errors: tuple[tuple[int, type[msgspec.Struct]], ...] = ()

@@ -17,11 +17,17 @@ def chat_logprobs(
     tokenizer: Tokenizer, token_ids: Sequence[int], entries: Sequence[dict[int, Logprob]], num_top: int
 ) -> ChoiceLogprobs:
     """One entry for each token, with the `num_top` likeliest tokens of its place."""
+    return ChoiceLogprobs(content=_of_tokens(tokenizer, zip(token_ids, entries, strict=True), num_top))
+
+
+def _of_tokens(
+    tokenizer: Tokenizer, tokens: Iterable[tuple[int, dict[int, Logprob]]], num_top: int
+) -> list[TokenLogprob]:
     content = []
-    for token_id, entry in zip(token_ids, entries, strict=True):
+    for token_id, entry in tokens:
         top = [TopLogprob(**_shown(tokenizer, *pair)) for pair in _likeliest(entry, num_top)]
         content.append(TokenLogprob(**_shown(tokenizer, token_id, entry[token_id]), top_logprobs=top))
-    return ChoiceLogprobs(content=content)
+    return content
 
 
 def content_logprobs(
@@ -47,7 +53,7 @@ def content_logprobs(
         if place < end and (behind > begin or place >= begin):  # a token without text belongs to the next character
             kept.append((token_id, entry))
         place = behind
-    return chat_logprobs(tokenizer, [token_id for token_id, _ in kept], [entry for _, entry in kept], num_top).content
+    return _of_tokens(tokenizer, kept, num_top)
 
 
 def _shown(tokenizer: Tokenizer, token_id: int, logprob: Logprob) -> dict[str, Any]:

@@ -16,6 +16,14 @@ from folovllm.frontend.server.protocol.messages import MessagesErrorAnswer
 _REFERENCE = "#/components/schemas/{name}"
 _JSON = "application/json"
 _STREAM = "text/event-stream"
+_ERRORS_OF_BODIES = {
+    400: "A field, or the prompt's length, is wrong",
+    404: "No such model",
+    413: "The body is too large",
+    500: "The request failed within the engine",
+    503: "The queue is full, the server drains, or the engine is gone",
+}
+_NO_KEY = "No API key, or a wrong one"
 
 
 def openapi_document(endpoints: Sequence[Endpoint], *, with_keys: bool, root_path: str) -> dict[str, Any]:
@@ -46,17 +54,18 @@ def openapi_document(endpoints: Sequence[Endpoint], *, with_keys: bool, root_pat
 
 
 def _operation(endpoint: Endpoint, path: str, with_keys: bool) -> dict[str, Any]:
+    asks_for_key = with_keys and path not in OPEN_PATHS
     operation: dict[str, Any] = {
         "summary": endpoint.summary,
         "operationId": f"{endpoint.method.lower()}{path.replace('/', '_').replace('{', '').replace('}', '')}",
-        "responses": {"200": _answer(endpoint), "default": _error(path)},
+        "responses": {"200": _answer(endpoint), **_errors(endpoint, path, asks_for_key)},
     }
     if "{" in path:
         name = path.partition("{")[2].partition("}")[0]
         operation["parameters"] = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}]
     if endpoint.body is not None:
         operation["requestBody"] = {"required": True, "content": {_JSON: {"schema": _reference(endpoint.body)}}}
-    if with_keys and path not in OPEN_PATHS:
+    if asks_for_key:
         operation["security"] = [{"key": []}]
     return operation
 
@@ -73,9 +82,18 @@ def _answer(endpoint: Endpoint) -> dict[str, Any]:
     }
 
 
-def _error(path: str) -> dict[str, Any]:
-    kind = MessagesErrorAnswer if path.startswith(ANTHROPIC_PREFIX) else ErrorAnswer
-    return {"description": "What went wrong", "content": {_JSON: {"schema": _reference(kind)}}}
+def _errors(endpoint: Endpoint, path: str, asks_for_key: bool) -> dict[str, Any]:
+    usual = MessagesErrorAnswer if path.startswith(ANTHROPIC_PREFIX) else ErrorAnswer
+    found: dict[int, tuple[str, type[msgspec.Struct]]] = {}
+    if endpoint.body is not None:
+        found = {status: (text, usual) for status, text in _ERRORS_OF_BODIES.items()}
+    found |= {status: (_ERRORS_OF_BODIES[status], kind) for status, kind in endpoint.errors}
+    if asks_for_key:
+        found[401] = (_NO_KEY, usual)
+    return {
+        str(status): {"description": text, "content": {_JSON: {"schema": _reference(kind)}}}
+        for status, (text, kind) in sorted(found.items())
+    }
 
 
 def _reference(kind: type[msgspec.Struct]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from folovllm.common.messages.frontend_core import EngineSnapshot
 from folovllm.frontend.server.context import ServerContext, json_response
 from folovllm.frontend.server.endpoint import Endpoint
 from folovllm.frontend.server.errors import unavailable
+from folovllm.frontend.server.protocol.common import ErrorAnswer
 from folovllm.frontend.server.protocol.inspector import EngineFacts, InspectedRequest, InspectedStep, InspectorState
 
 _RETRY_S = 1.0
@@ -56,4 +57,13 @@ class Inspector:
 def endpoints(context: ServerContext) -> list[Endpoint]:
     """The endpoints of this module."""
     state = Inspector(context).state
-    return [Endpoint("GET", "/inspector/state", state, "The engine from inside, in numbers", answer=InspectorState)]
+    return [
+        Endpoint(
+            "GET",
+            "/inspector/state",
+            state,
+            "The engine from inside, in numbers",
+            answer=InspectorState,
+            errors=((503, ErrorAnswer),),
+        )
+    ]

@@ -10,6 +10,7 @@ from folovllm.frontend.server.context import ServerContext, json_response
 from folovllm.frontend.server.conversation import to_messages, to_tools
 from folovllm.frontend.server.endpoint import Endpoint
 from folovllm.frontend.server.errors import ApiError
+from folovllm.frontend.server.protocol.common import ErrorAnswer
 from folovllm.frontend.server.protocol.models import (
     DetokenizeAnswer,
     DetokenizeRequest,
@@ -87,7 +88,9 @@ def endpoints(context: ServerContext) -> list[Endpoint]:
     models = Models(context)
     return [
         Endpoint("GET", "/v1/models", models.list, "All models", answer=ModelList),
-        Endpoint("GET", "/v1/models/{model:path}", models.one, "One model", answer=ModelCard),
+        Endpoint(
+            "GET", "/v1/models/{model:path}", models.one, "One model", answer=ModelCard, errors=((404, ErrorAnswer),)
+        ),
         Endpoint("POST", "/tokenize", models.tokenize, "Tokens of a text", body=TokenizeRequest, answer=TokenizeAnswer),
         Endpoint(
             "POST",

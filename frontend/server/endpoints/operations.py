@@ -56,8 +56,22 @@ def endpoints(context: ServerContext) -> list[Endpoint]:
     """The endpoints of this module."""
     operations = Operations(context)
     return [
-        Endpoint("GET", "/health", operations.health, "Whether the engine answers", answer=HealthAnswer),
-        Endpoint("GET", "/ready", operations.ready, "Whether new requests are taken", answer=HealthAnswer),
+        Endpoint(
+            "GET",
+            "/health",
+            operations.health,
+            "Whether the engine answers",
+            answer=HealthAnswer,
+            errors=((503, HealthAnswer),),
+        ),
+        Endpoint(
+            "GET",
+            "/ready",
+            operations.ready,
+            "Whether new requests are taken",
+            answer=HealthAnswer,
+            errors=((503, HealthAnswer),),
+        ),
         Endpoint("GET", "/version", operations.version, "The version", answer=VersionAnswer),
         Endpoint("GET", "/metrics", operations.metrics, "Numbers for Prometheus"),
     ]

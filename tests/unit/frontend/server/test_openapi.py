@@ -26,7 +26,7 @@ def test_the_document_describes_every_endpoint(core: FakeCore) -> None:
         chat = document["paths"]["/v1/chat/completions"]["post"]
         assert set(chat["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
         assert document["components"]["schemas"]["ChatRequest"]["additionalProperties"] is False
-        error = document["paths"]["/v1/messages"]["post"]["responses"]["default"]["content"]["application/json"]
+        error = document["paths"]["/v1/messages"]["post"]["responses"]["400"]["content"]["application/json"]
         assert error["schema"]["$ref"].endswith("/MessagesErrorAnswer")
         assert "securitySchemes" not in document["components"]
 
@@ -38,7 +38,10 @@ def test_keys_and_root_path_are_told(core: FakeCore) -> None:
         document = (await server.http.get("/openapi.json", headers={"X-Api-Key": "k"})).json()
         assert document["servers"] == [{"url": "/llm"}]
         assert document["paths"]["/v1/models"]["get"]["security"] == [{"key": []}]
-        assert "security" not in document["paths"]["/health"]["get"]
+        assert "401" in document["paths"]["/v1/models"]["get"]["responses"]
+        health = document["paths"]["/health"]["get"]
+        assert "security" not in health
+        assert list(health["responses"]) == ["200", "503"]
 
     run(core.endpoint, scenario, api_keys=("k",), root_path="/llm")
 

@@ -12,6 +12,12 @@ from tests.fakes.http_server import Served, Visit, data_of, run
 Script = Callable[[str], FakeCore]
 PATH = "/v1/responses"
 TOOL = {"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": True}
+MODEST: list[dict[str, Any]] = [
+    {},
+    {"include": []},
+    {"include": None, "top_logprobs": 0},
+    {"reasoning": {"summary": "auto"}},
+]
 LOGPROBS = "message.output_text.logprobs"
 ANSWER = '(plan)ok[f:{"a":1}][f:{}]'
 
@@ -276,7 +282,7 @@ def test_without_being_asked_for_there_are_no_log_probabilities(saying: Script) 
     core = saying("x")
 
     async def scenario(server: Served) -> None:
-        for more in ({}, {"include": []}, {"include": None, "top_logprobs": 0}, {"reasoning": {"summary": "auto"}}):
+        for more in MODEST:
             answer = (await server.post(PATH, {"input": "hi", **more})).json()
             assert answer["output"][0]["content"][0]["logprobs"] == []
         assert [request.sampling.logprobs for request in core.requests] == [None] * 4
