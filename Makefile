@@ -7,6 +7,9 @@ BIN    := $(VENV)/bin
 # One pip call per target, always with the constraints: asked for without them, torch may come as a CUDA build of gigabytes.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# Strict: a page that is not in the nav, a link or an anchor that leads nowhere fails. The variable silences an advertisement.
+SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint bench docs format clean
 
@@ -19,26 +22,27 @@ demo: $(VENV)/.demo ## A real model answers two questions, then yours (the first
 test: lint ## Everything that CI runs: lint, types, import contracts, tests with coverage
 	$(BIN)/python -m pytest --cov --cov-report=term
 
-lint: $(VENV)/.dev ## ruff, mypy (strict, tests too) and the import contracts
+lint: $(VENV)/.dev ## ruff, mypy (strict, tests too), the import contracts, and whether the site's links lead somewhere
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(SITE)
 
 bench: $(VENV)/.dev ## The milestones' figures: tables, JSON and plots
 	$(BIN)/python -m bench.milestones
 
-docs: $(VENV)/.dev ## Makes the reference pages, then checks all pages: links, names of modules and functions
+docs: $(VENV)/.dev ## Makes the reference pages, checks all pages, builds the site (site/index.html)
 	$(BIN)/python -m docs.generate
-	$(BIN)/python -m docs.generate --check
 	$(BIN)/python -m pytest --quiet tests/unit/house/test_docs.py tests/unit/docs
+	$(SITE)
 
 format: $(VENV)/.dev ## Formats the code and fixes what ruff can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean: ## Removes the environment and all caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage .coverage.* build dist
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage .coverage.* build dist site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Some systems ship Python without ensurepip; the pip that is there then installs itself into the environment.
@@ -57,5 +61,5 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing FoloVLLM and its tools ..."
-	@$(INSTALL) -e '.[dev]'
+	@$(INSTALL) -e '.[dev,docs]'
 	@touch $@ $(VENV)/.demo
