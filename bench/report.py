@@ -168,6 +168,34 @@ def server_overhead(result: dict[str, Any]) -> str:
     return table(["what", "figure", "value"], rows)
 
 
+def server_streams(result: dict[str, Any]) -> str:
+    size = result["options"]
+    rows = [
+        [
+            point["streams"],
+            *(f"{point[f'{way}_tokens_per_s']:.0f}" for way in ("offline", "http")),
+            f"{point['share']:.2f}",
+        ]
+        for point in result["points"]
+    ]
+    head = f"{size['prompt_len']} + {size['output_len']} tokens each, {size['model']} model"
+    return f"{head}\n\n{table(['streams', 'LLM.generate, tokens/s', 'HTTP, tokens/s', 'share'], rows)}"
+
+
+def client_events(result: dict[str, Any]) -> str:
+    rows = [
+        [
+            point["streams"],
+            *(f"{point[name]:,.0f}" for name in ("events_per_s", "paced_events_per_s", "paced_reads_per_s")),
+            f"{point['delay_p50_ms']:.2f}",
+            f"{point['delay_p99_ms']:.2f}",
+        ]
+        for point in result["points"]
+    ]
+    headers = ["streams", "events/s", "paced: events/s", "reads/s", "delay, median, ms", "99th percentile, ms"]
+    return table(headers, rows)
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "m1": of_result(m1),
     "m2": of_result(m2),
@@ -178,6 +206,8 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "core_step": core_step,
     "grammar": grammar,
     "server_overhead": server_overhead,
+    "server_streams": server_streams,
+    "client_events": client_events,
 }
 
 

@@ -1,4 +1,4 @@
-"""The progress bar of `LLM.generate`: prompts done, and tokens per second both ways."""
+"""Progress bars: that of `LLM.generate` (prompts done, and tokens per second both ways), and a plain one."""
 
 import time
 from collections.abc import Callable
@@ -38,3 +38,27 @@ class Progress:
     def rates(self) -> str:
         seconds = max(self._clock() - self._start, 1e-6)
         return f"input {self._tokens_in / seconds:.1f} tokens/s, output {self._tokens_out / seconds:.1f} tokens/s"
+
+
+class Bar:
+    """A bar that counts; a context manager. Switched off, it does nothing."""
+
+    def __init__(self, total: int | None, *, shown: bool, unit: str) -> None:
+        """Args:
+        total: None where nobody knows.
+        shown: False draws nothing.
+        unit: what is counted.
+        """
+        self._bar = tqdm(total=total, unit=unit, dynamic_ncols=True, disable=not shown)
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+    def advance(self) -> None:
+        """One more."""
+        self._bar.update(1)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import click
 
 import folovllm
+from folovllm.frontend.cli.bench import bench
 from folovllm.frontend.cli.chat import chat
 from folovllm.frontend.cli.engine import engine
 from folovllm.frontend.cli.env import env
@@ -30,7 +31,7 @@ def cli() -> None:
     """
 
 
-for _command in (generate, chat, serve, engine, env, trace):
+for _command in (generate, chat, serve, engine, bench, env, trace):
     cli.add_command(_command)
 
 

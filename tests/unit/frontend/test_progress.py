@@ -1,7 +1,7 @@
 import pytest
 
 from folovllm.frontend.outputs import CompletionOutput, RequestOutput
-from folovllm.frontend.progress import Progress
+from folovllm.frontend.progress import Bar, Progress
 
 
 def output(num_in: int, *nums_out: int) -> RequestOutput:
@@ -24,4 +24,14 @@ def test_the_bar_shows_input_and_output_tokens_per_second(capsys: pytest.Capture
 def test_a_bar_that_is_off_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(1, False) as progress:
         progress.update(output(4, 3))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_plain_bar_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    with Bar(3, shown=True, unit="request") as bar:
+        bar.advance()
+        bar.advance()
+    assert "2/3" in capsys.readouterr().err
+    with Bar(None, shown=False, unit="request") as off:
+        off.advance()
     assert capsys.readouterr().err == ""
