@@ -1,7 +1,8 @@
 """Which request computes how many tokens in the next step, and what a step's result means for each of them.
 
-State changes through four doors only: `add_request`, `schedule`, `update_from_output`, `finish_requests`. Nothing here
-waits, sends or reads a clock. `check_invariants` says what holds between two doors.
+State changes through five doors only: `add_request`, `schedule`, `update_from_output`, `finish_requests`, and after the
+end of a worker `lose_worker` with `run_alone`. Nothing here waits, sends or reads a clock. `check_invariants` says what
+holds between two doors.
 
 Steps may be scheduled before the results of earlier ones are known (how many is the caller's choice): `known` runs
 ahead of `confirmed` by a placeholder for each token on its way. A step remembers its slots with their epochs, so that a
@@ -18,6 +19,7 @@ import numpy as np
 
 from folovllm.common.errors import ProtocolError, RequestError
 from folovllm.common.messages.core_worker import ModelRunnerOutput, NewRequest, SchedulerOutput
+from folovllm.core_proc.isolation import Isolation
 from folovllm.core_proc.kv_cache_manager import BlockCopy, KVCacheManager
 from folovllm.core_proc.logprobs_route import RoutedLogprobs, check_logprobs, route_logprobs
 from folovllm.core_proc.request import Request, RequestStatus, Tokens
@@ -144,6 +146,7 @@ class Scheduler:
         self._target_itl_s = bounds.target_itl_s
         self._step_times = StepTimeModel()
         self._last_result_s = -math.inf
+        self._isolation = Isolation()
         self._num_parked = 0  # children that wait for their parent's prompt
         self._num_added = 0
 
@@ -230,10 +233,12 @@ class Scheduler:
            reserve (the watermark) for those who run already.
 
         A request that reaches its limit with the tokens on their way is left alone until they arrive, and one with a
-        grammar until its last token has arrived and the mask for the next one is filled.
+        grammar until its last token has arrived and the mask for the next one is filled. While somebody is suspected
+        of having ended a worker, nobody else is admitted.
         """
         self._table.take_masks()
         step = StepBuilder(self._max_num_batched_tokens)
+        self._turn_to_suspect()
         self._make_room(step)
         decodes, chunked = self._table.ready()
         step.add_decodes(decodes, int(self._table.num_computed[decodes].sum()))
@@ -242,6 +247,7 @@ class Scheduler:
         self._overtake(step, prompts, now_s)
         self._continue_chunks(step, prompts)
         self._admit_waiting(step, now_s)
+        self._admit_suspect(step, now_s)
         if step.is_empty:
             return None
         output, in_flight = step.build(self.counters.num_steps, self._table, now_s)
@@ -296,6 +302,30 @@ class Scheduler:
         """What was computed so far is not found any more."""
         self._kv.reset_prefix_cache()
 
+    def lose_worker(self) -> list[Request]:
+        """The worker has ended, and with it the cache and the steps in flight: all is computed anew by the next one.
+
+        Who ran goes back to the queue with the tokens that are confirmed; those on their way are sampled again, and
+        are the same.
+
+        Returns:
+            Who was in the steps in flight: one of them may have ended the worker.
+        """
+        table = self._table
+        slots = {int(slot) for step in self._in_flight for slot in step.slots[table.epoch[step.slots] == step.epochs]}
+        in_flight = [table.request(slot) for slot in sorted(slots)]
+        for request in in_flight:
+            request.num_crashes += 1
+        for request in table.running():
+            self._preempt(request)
+        self._in_flight.clear()
+        self._kv.reset_prefix_cache()
+        return in_flight
+
+    def run_alone(self, suspects: Sequence[Request]) -> None:
+        """Right after `lose_worker`: these run one after the other, each alone, before all others go on."""
+        self._isolation.add(suspects)
+
     # ---- schedule ----------------------------------------------------------------------------------------------------
 
     def _make_room(self, step: StepBuilder) -> None:
@@ -324,18 +354,18 @@ class Scheduler:
             if self._table.is_any_finishing():
                 return
             victim = max(self._table.running(), key=self._queue.rank)
-            self._preempt(victim, step)
+            self._preempt(victim)
+            step.num_preempted += 1
             if victim is request:
                 return
         self._table.grow(np.array([slot]))
         step.add_blocks([slot], block_ids)
 
-    def _preempt(self, request: Request, step: StepBuilder) -> None:
+    def _preempt(self, request: Request) -> None:
         assert request.slot is not None, request.describe()
         num_lost = int(self._table.num_computed[request.slot])
         request.become(RequestStatus.PREEMPTED, f"step {self.counters.num_steps}, {num_lost} tokens lost")
         request.num_preemptions += 1
-        step.num_preempted += 1
         self.counters.num_preemptions += 1
         self.counters.num_lost_tokens += num_lost
         self._leave_slot(request)
@@ -399,8 +429,27 @@ class Scheduler:
             self._queue.pop()
             self._admit(request, prefix, num_tokens, step, now_s)
 
+    def _turn_to_suspect(self) -> None:
+        """Who is cleared makes room for the next suspect, if there is one."""
+        suspect = self._isolation.first()
+        if suspect is None or suspect.slot is None:
+            return
+        cleared = self._isolation.clear(int(self._table.num_confirmed[suspect.slot]))
+        if cleared is not None and self._isolation.first() is not None:
+            self._preempt(cleared)
+
+    def _admit_suspect(self, step: StepBuilder, now_s: float) -> None:
+        """Its turn has come when nobody else runs or is in flight; then it has the pool and the step to itself."""
+        suspect = self._isolation.first()
+        if suspect is None or self.num_running or self._in_flight or not suspect.has_mask:
+            return
+        prefix = self._find_prefix(suspect)
+        num_left = suspect.num_confirmed_tokens - prefix.num_tokens
+        self._queue.remove(suspect)
+        self._admit(suspect, prefix, min(num_left, self._max_chunk, step.budget), step, now_s)
+
     def _can_admit(self, step: StepBuilder) -> bool:
-        return step.budget > 0 and self._table.num_free > 0 and not step.num_preempted
+        return step.budget > 0 and self._table.num_free > 0 and not step.num_preempted and not self._isolation
 
     def _num_partial(self, step: StepBuilder) -> int:
         """Prompts that are partly computed once this step has run."""
@@ -595,6 +644,7 @@ class Scheduler:
         Blocks: free xor referenced, counts match the tables, all free if nothing runs; whoever writes next writes into
         a block of its own. Requests: those that run have a slot, and those that wait have none; counters keep the order
         of the glossary; placeholders are tokens in flight. Progress: with nothing in flight nobody waits for a result.
+        Isolation: nobody runs beside a suspect.
         """
         self._kv.check_invariants()
         table = self._table
@@ -609,6 +659,7 @@ class Scheduler:
             _check(
                 request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED), request, "waits in no such state"
             )
+        _check(not self._isolation or len(running) <= 1, None, "somebody runs beside a suspect")
         if not self._in_flight:
             _check(not table.is_any_finishing(), None, "a request waits for a result that is not on its way")
 

@@ -156,6 +156,19 @@ class SimulatedEngine:
         self.finished += ended
         return ended
 
+    def lose_worker(self, run_alone: Callable[[list[Request]], list[Request]] = lambda _: []) -> list[Request]:
+        """The worker ends and another one takes its place, with an empty cache; `run_alone` says whom to suspect."""
+        self.in_flight.clear()
+        lost = self.scheduler.lose_worker()
+        self.scheduler.run_alone(run_alone(lost))
+        self.scheduler.check_invariants()
+        assert self.scheduler.num_running == 0
+        assert self.pool.num_free == self.pool.num_usable
+        assert self.pool.num_cached == 0
+        self.worker = SimulatedWorker(self.worker.block_size, self.worker.num_blocks)
+        self.worker.next_step_id = self.scheduler.counters.num_steps
+        return lost
+
     def turn(self) -> None:
         """What the core does once: fills the pipeline, takes in one result."""
         while len(self.in_flight) < self.depth and self.schedule() is not None:

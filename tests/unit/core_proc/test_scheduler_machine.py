@@ -143,6 +143,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.engine.manager.reset_prefix_cache()
         assert self.engine.pool.num_cached == 0
 
+    @rule(data=st.data())
+    def lose_worker(self, data: st.DataObject) -> None:
+        def suspected(lost: list[Request]) -> list[Request]:
+            return data.draw(st.lists(st.sampled_from(lost), unique=True)) if lost else []
+
+        self.engine.lose_worker(suspected)
+
     @precondition(lambda self: self.engine.in_flight and self.engine.in_flight[0].token_ids)
     @rule(data=st.data())
     def no_token_left(self, data: st.DataObject) -> None:
