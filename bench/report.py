@@ -196,6 +196,25 @@ def client_events(result: dict[str, Any]) -> str:
     return table(headers, rows)
 
 
+def soak(result: dict[str, Any]) -> str:
+    rows = [
+        [role, f"{values[1]:.1f}", f"{max(values[2:]):.1f}", f"{result['growth_percent'][role]:.2f} %"]
+        for role, values in result["rss_mib"].items()
+    ]
+    head = f"MiB after 2,000 of {result['requests']:,} requests"
+    return table(["process", head, "most after that", "growth (goal: below 3 %)"], rows)
+
+
+def mutated_bodies(result: dict[str, Any]) -> str:
+    statuses = ", ".join(f"{count:,} × {status}" for status, count in result["statuses"].items())
+    rows = [
+        [f"answers to {result['bodies']:,} bodies", statuses],
+        ["longest error", f"{result['longest_error_bytes']} bytes"],
+        ["memory from the 2,000th to the last", f"{result['rss_growth_percent']:+.1f} %"],
+    ]
+    return table(["what", "figure"], rows)
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "m1": of_result(m1),
     "m2": of_result(m2),
@@ -206,6 +225,8 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "core_step": core_step,
     "grammar": grammar,
     "server_overhead": server_overhead,
+    "soak": of_result(soak),
+    "mutated_bodies": of_result(mutated_bodies),
     "server_streams": server_streams,
     "client_events": client_events,
 }
