@@ -12,7 +12,8 @@ that first writes to it and leaves its end open, and blocks that a request has y
 Chunks and prompts go through scaled_dot_product_attention, request by request. The query heads of a group see the same
 K and V through a stride of 0. A prompt without context needs no gather and no mask at all.
 
-On a CPU a compiled kernel takes the place of gather and products (`kernels.cpu.decode_attention`) for 16-bit types.
+On a CPU compiled kernels take the place of all this for 16-bit types: `kernels.cpu.decode_attention` and
+`kernels.cpu.chunk_attention`.
 
 Cost: gather and products read each key and value twice and write it once; on 2 cores 0.30 to 0.32 ms a layer for 16
 requests × 200 tokens (bf16, 9/3 heads of 64; 30 layers in turn, so that nothing comes from a cache), nearly half of it
@@ -51,18 +52,40 @@ class DecodeKernel(Protocol):
         ...
 
 
+class ChunkStep(Protocol):
+    """A step's chunks in a kernel of one's own."""
+
+    def attend(self, query: torch.Tensor, cache: torch.Tensor, output: torch.Tensor) -> None:
+        """[T, Hq, D] and `KVTensors.layer`; fills the chunks' rows of `output` [T, Hq · D]."""
+        ...
+
+
+class ChunkKernel(Protocol):
+    """See `kernels.cpu.chunk_attention.ChunkAttention`."""
+
+    def plan(self, metadata: AttentionMetadata, cache: torch.Tensor) -> ChunkStep:
+        """What all layers of a step share."""
+        ...
+
+
 class PagedBackend:
     """Fast on the CPU, and runs on CUDA with the same operators."""
 
     name = "paged"
 
-    def __init__(self, num_q_heads: int, decode_kernel: Callable[[], DecodeKernel | None] = lambda: None) -> None:
-        """`decode_kernel`: gives what decoding requests go through, or None: then batched operators do."""
+    def __init__(
+        self,
+        num_q_heads: int,
+        decode_kernel: Callable[[], DecodeKernel | None] = lambda: None,
+        chunk_kernel: Callable[[], ChunkKernel | None] = lambda: None,
+    ) -> None:
+        """The kernels: give what decoding requests and chunks go through, or None: then torch's operators do it."""
         self._num_q_heads = num_q_heads
         self._decode_kernel = decode_kernel
+        self._chunk_kernel = chunk_kernel
 
     def begin_step(self, kv: KVTensors, metadata: AttentionMetadata) -> "PagedStep":
-        return PagedStep(kv, metadata, self._num_q_heads, self._decode_kernel())
+        return PagedStep(kv, metadata, self._num_q_heads, self._decode_kernel(), self._chunk_kernel())
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -104,7 +127,12 @@ class PagedStep:
     """See `backend.AttentionStep`."""
 
     def __init__(
-        self, kv: KVTensors, metadata: AttentionMetadata, num_q_heads: int, decode_kernel: DecodeKernel | None
+        self,
+        kv: KVTensors,
+        metadata: AttentionMetadata,
+        num_q_heads: int,
+        decode_kernel: DecodeKernel | None,
+        chunk_kernel: ChunkKernel | None,
     ) -> None:
         self._kv = kv
         self._group_size = num_q_heads // kv.num_kv_heads
@@ -119,14 +147,20 @@ class PagedStep:
             self._decode_step = decode_kernel.plan(table, metadata.seq_lens[decodes], kv.layer(0))
         else:
             self._decode_groups = self._plan_decodes(metadata)
-        self._chunks = self._plan_chunks(metadata)
+        self._has_chunks = self._num_decodes < len(metadata.query_lens)
+        self._chunk_step: ChunkStep | None = None
+        self._chunks: list[_Chunk] = []
+        if chunk_kernel is not None and self._has_chunks:
+            self._chunk_step = chunk_kernel.plan(metadata, kv.layer(0))
+        else:
+            self._chunks = self._plan_chunks(metadata)
         self._scale = 1 / math.sqrt(kv.head_dim)
 
     def attend(self, layer: int, query: torch.Tensor, key_and_value: torch.Tensor) -> torch.Tensor:
         self._kv.token_rows(layer).index_copy_(0, self._write_rows, key_and_value.reshape(-1, self._kv.head_dim))
-        if not self._chunks and self._decode_step is not None:
+        if not self._has_chunks and self._decode_step is not None:
             return self._decode_step.attend(query, self._kv.layer(layer))
-        if not self._chunks and len(self._decode_groups) == 1:
+        if not self._has_chunks and len(self._decode_groups) == 1:
             return self._decode(layer, query, self._decode_groups[0])
         output = query.new_empty(query.shape[0], query.shape[1] * query.shape[2])
         if self._decode_step is not None:
@@ -138,6 +172,8 @@ class PagedStep:
             else:
                 selected = query.index_select(0, group.requests)
                 output.index_copy_(0, group.requests, self._decode(layer, selected, group))
+        if self._chunk_step is not None:
+            self._chunk_step.attend(query, self._kv.layer(layer), output)
         for chunk in self._chunks:
             tokens = slice(chunk.start, chunk.end)
             output[tokens] = self._attend_chunk(layer, query[tokens], key_and_value[tokens], chunk)
