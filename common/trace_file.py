@@ -198,7 +198,21 @@ class CacheReset(_Record, frozen=True, tag="reset"):
     time_s: float
 
 
-TraceRecord = TraceHeader | Arrived | Scheduled | Resulted | Stopped | CacheReset
+class WorkerLost(_Record, frozen=True, tag="lost"):
+    """The worker ended; another one computes anew what it held. Steps without a result have none.
+
+    Attributes:
+        time_s: when.
+        preempted: requests that lost their slots.
+        suspects: requests that run alone from now on, in this order.
+    """
+
+    time_s: float
+    preempted: list[int] = []
+    suspects: list[int] = []
+
+
+TraceRecord = TraceHeader | Arrived | Scheduled | Resulted | Stopped | CacheReset | WorkerLost
 
 
 class TraceWriter:

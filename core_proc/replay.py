@@ -26,6 +26,7 @@ from folovllm.common.trace_file import (
     TraceHeader,
     TraceReader,
     TraceRecord,
+    WorkerLost,
     read_run,
 )
 from folovllm.core_proc.block_pool import BlockPool
@@ -113,10 +114,15 @@ class Replay:
             case CacheReset():
                 self._scheduler.reset_prefix_cache()
                 self._recorder.cache_reset(record.time_s)
+            case WorkerLost():
+                suspects = [self._requests[number] for number in record.suspects]
+                self._scheduler.lose_worker()
+                self._scheduler.run_alone(suspects)
+                self._recorder.worker_lost(suspects, record.time_s)
 
     def _fill_masks(self, record: Scheduled) -> None:
         """Whoever was in the step had its mask. One that waits has it too: there it is seldom missing."""
-        if record.slots is not None:
+        if record.slots is not None and record.step_id >= 0:  # a pass without a step leaves the last step's slots
             self._slots = set(np.frombuffer(record.slots, "<i4").tolist())
         for number, grammar in self._grammars.items():
             slot = self._requests[number].slot
@@ -178,6 +184,8 @@ def _name(record: TraceRecord) -> str:
             return f"the end of {len(record.ended)} requests at {record.time_s:.6f} s"
         case CacheReset():
             return f"the reset of the cache at {record.time_s:.6f} s"
+        case WorkerLost():
+            return f"the end of a worker at {record.time_s:.6f} s"
         case TraceHeader():
             return "a run's begin"
 

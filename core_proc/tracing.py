@@ -20,6 +20,7 @@ from folovllm.common.trace_file import (
     Stopped,
     TraceRecord,
     TraceWriter,
+    WorkerLost,
 )
 from folovllm.core_proc.block_pool import BlockPool
 from folovllm.core_proc.request import Request, RequestStatus
@@ -95,6 +96,10 @@ class Recorder(Protocol):
         """`reset_prefix_cache`."""
         ...
 
+    def worker_lost(self, suspects: Sequence[Request], now_s: float) -> None:
+        """`lose_worker`, and `run_alone` with these."""
+        ...
+
     def flush(self, now_s: float) -> None:
         """Called in every turn: what was recorded becomes readable for others within a second or so."""
         ...
@@ -116,6 +121,9 @@ class NoRecorder:
         return
 
     def cache_reset(self, _now_s: float) -> None:
+        return
+
+    def worker_lost(self, _suspects: Sequence[Request], _now_s: float) -> None:
         return
 
     def flush(self, _now_s: float) -> None:
@@ -197,6 +205,10 @@ class TraceRecorder:
 
     def cache_reset(self, now_s: float) -> None:
         self._sink.write(CacheReset(now_s))
+
+    def worker_lost(self, suspects: Sequence[Request], now_s: float) -> None:
+        numbers = [request.arrival_order for request in suspects]
+        self._sink.write(WorkerLost(now_s, self._take_preempted(), numbers))
 
     def flush(self, now_s: float) -> None:
         if now_s >= self._flush_at_s:

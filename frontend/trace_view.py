@@ -5,11 +5,10 @@ scheduled: what its result changed shows in the steps after it.
 """
 
 import dataclasses
-import struct
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-from folovllm.common.errors import ConfigError
+from folovllm.common.errors import ConfigError, ProtocolError
 from folovllm.common.messages.frontend_core import FinishReason
 from folovllm.common.trace_file import (
     Admitted,
@@ -20,6 +19,7 @@ from folovllm.common.trace_file import (
     Stopped,
     TraceHeader,
     TraceRecord,
+    WorkerLost,
 )
 from folovllm.frontend import int32
 
@@ -147,6 +147,9 @@ class _Builder:
                 self._schedule(record)
             case Resulted() | Stopped():
                 self._leave(record.ended)
+            case WorkerLost():
+                self._events.append("the worker ended; another one computes anew what it held")
+                self._preempt(record.preempted)
         self._begun_s = record.time_s if self._begun_s is None else self._begun_s
         self.totals.seconds = record.time_s - self._begun_s
 
@@ -158,12 +161,7 @@ class _Builder:
         self.totals.num_requests += 1
 
     def _schedule(self, record: Scheduled) -> None:
-        for request in record.preempted:
-            self._leave_slot(request)
-            self._preempted.append(request)
-            self.rows[request].num_preemptions += 1
-            self._events.append(f"{self.rows[request].name} preempted")
-            self.totals.num_preemptions += 1
+        self._preempt(record.preempted)
         if record.step_id == _NO_STEP:
             return
         for admitted in record.admitted:
@@ -181,6 +179,14 @@ class _Builder:
             self._keep(record, cells)
         self._preempted.clear()
         self._events = []
+
+    def _preempt(self, requests: Iterable[int]) -> None:
+        for request in requests:
+            self._leave_slot(request)
+            self._preempted.append(request)
+            self.rows[request].num_preemptions += 1
+            self._events.append(f"{self.rows[request].name} preempted")
+            self.totals.num_preemptions += 1
 
     def _admit(self, admitted: Admitted) -> None:
         row = self.rows[admitted.request]
@@ -263,7 +269,7 @@ def build_view(
     for record in records:
         try:
             builder.take(record)
-        except (KeyError, ValueError, struct.error) as error:
+        except (KeyError, ValueError, ProtocolError) as error:
             raise ConfigError(f"the trace contradicts itself: {type(error).__name__}: {error}, in {record}") from error
     wanted = set(requests)
     rows = [

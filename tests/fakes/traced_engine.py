@@ -1,6 +1,6 @@
 """A simulated engine whose scheduler is recorded as the core records it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from folovllm.common.messages.core_worker import ModelRunnerOutput, SchedulerOutput
@@ -78,3 +78,14 @@ class TracedEngine(SimulatedEngine):
     def reset_prefix_cache(self) -> None:
         self.scheduler.reset_prefix_cache()
         self.recorder.cache_reset(self.now_s)
+
+    def lose_worker(self, run_alone: Callable[[list[Request]], list[Request]] = lambda _: []) -> list[Request]:
+        suspects: list[Request] = []
+
+        def note(lost: list[Request]) -> list[Request]:
+            suspects.extend(run_alone(lost))
+            return suspects
+
+        lost = super().lose_worker(note)
+        self.recorder.worker_lost(suspects, self.now_s)
+        return lost

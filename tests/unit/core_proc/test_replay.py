@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from folovllm.common.trace_file import Arrived, Resulted, Scheduled, TraceHeader, TraceRecord, TraceWriter
+from folovllm.common.trace_file import Arrived, Resulted, Scheduled, TraceHeader, TraceRecord, TraceWriter, WorkerLost
 from folovllm.core_proc.replay import Replay, replay
 from folovllm.core_proc.request import RequestStatus
 from tests.fakes.simulated_grammar import SimulatedGrammar
@@ -64,6 +64,8 @@ def random_run(seed: int, options: dict[str, Any]) -> TracedEngine:
                 engine.reset_prefix_cache()
             case 5 if len(engine.in_flight) < 2 and chance.random() < 0.2:
                 engine.schedule(fails=True)
+            case 6 if chance.random() < 0.2:
+                engine.lose_worker(lambda lost: lost[:2])
             case _:
                 engine.turn()
     engine.run()
@@ -88,6 +90,7 @@ def test_these_runs_have_what_can_differ() -> None:
     records = [record for engine in engines for record in engine.records]
     assert any(isinstance(record, Resulted) and record.error for record in records)
     assert any(isinstance(record, Arrived) and record.parent is not None for record in records)
+    assert any(isinstance(record, WorkerLost) and len(record.suspects) > 1 for record in records)
 
 
 def test_masks_that_were_late_are_late_again() -> None:

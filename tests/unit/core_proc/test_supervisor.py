@@ -97,7 +97,9 @@ def test_a_worker_that_has_served_long_begins_a_new_row() -> None:
 
 def test_the_time_of_a_start_is_no_service() -> None:
     supervisor = Supervisor(3, 0.0)
-    starts_that_fail = [supervisor.lost([], number * 2 * SERVED_LONG_S) for number in range(1, 5)]
+    starts_that_fail: list[Decision[Crashed]] = [
+        supervisor.lost([], number * 2 * SERVED_LONG_S) for number in range(1, 5)
+    ]
     assert [bool(decision.give_up) for decision in starts_that_fail] == [False, False, False, True]
 
 

@@ -15,6 +15,7 @@ from folovllm.common.trace_file import (
     TraceReader,
     TraceRecord,
     TraceWriter,
+    WorkerLost,
     read_run,
 )
 from folovllm.core_proc.request import RequestStatus
@@ -95,6 +96,20 @@ def test_ends_from_outside_and_resets_show() -> None:
     stopped = [record for record in engine.records if isinstance(record, Stopped)]
     assert [(one.ended[0].request, one.ended[0].reason) for one in stopped] == [(0, "abort"), (1, "timeout")]
     assert sum(isinstance(record, CacheReset) for record in engine.records) == 1
+
+
+def test_the_end_of_a_worker_shows_with_those_who_lost_their_slots_and_the_suspects() -> None:
+    engine = TracedEngine(depth=2)
+    for i in range(3):
+        engine.add(3 + i)
+    engine.turn()
+    engine.lose_worker(lambda lost: lost[:2])
+    lost_s = engine.now_s
+    engine.run()
+    assert [record for record in engine.records if isinstance(record, WorkerLost)] == [
+        WorkerLost(lost_s, preempted=[0, 1, 2], suspects=[0, 1])
+    ]
+    assert [one.request for step in scheduled(engine) for one in step.admitted][3:5] == [0, 1]
 
 
 def test_a_pass_that_makes_no_step_is_recorded_only_if_somebody_lost_a_slot() -> None:

@@ -125,6 +125,25 @@ def test_events_tell_preemptions() -> None:
     assert sum(" got a slot" in event for event in events) == 3 + engine.scheduler.counters.num_preemptions
 
 
+def test_the_end_of_a_worker_is_an_event_and_all_who_ran_are_preempted() -> None:
+    engine = TracedEngine(depth=1)
+    engine.add(3, max_tokens=4)
+    engine.add(4, max_tokens=4)
+    engine.turn()
+    engine.lose_worker()
+    engine.run()
+    view = build_view(HEADER, engine.records)
+    assert view.columns[1].events == [
+        "the worker ended; another one computes anew what it held",
+        "r0 preempted",
+        "r1 preempted",
+        "r0 got a slot",
+        "r1 got a slot",
+    ]
+    assert view.totals.num_preemptions == 2
+    assert all(record.tables.keys() == {0, 1} for record in view.columns[:2])
+
+
 def test_a_slot_without_work_and_an_end_from_outside() -> None:
     engine = TracedEngine(depth=2)
     engine.add(3, max_tokens=1)
