@@ -144,6 +144,10 @@ class CudaGraphs:
         """See `step_graphs.StepGraphs`."""
         return self._forward.forward(batch)
 
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:  # noqa: ARG002 - one product, as fast uncaptured
+        """See `step_graphs.StepGraphs`."""
+        return None
+
     def _batch_of(self, arrays: StepArrays) -> _Batch | None:
         """What is known of the step's requests; None if some need more than a graph does."""
         last = self._batch

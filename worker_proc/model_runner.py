@@ -105,7 +105,7 @@ class ModelRunner:
         prompts = self._prompt_logprobs(batch, hidden)
         if batch.num_sampling == 0:
             return StepResult(step.step_id, None, None, prompts)
-        from_network = self._model.compute_logits(batch.sampling_rows(hidden))
+        from_network = self._logits(batch.sampling_rows(hidden))
         asked = index.constraints.logprobs
         logits = from_network[:, : self._num_valid_token_ids].to(torch.float32, copy=asked is not None)
         apply_constraints(logits, batch.constraints)
@@ -133,6 +133,11 @@ class ModelRunner:
         if hidden is not None:
             return hidden
         return self._model.forward(batch.input_ids, batch.positions, self._backend.begin_step(self._kv, batch.metadata))
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[S, hidden_size] → [S, vocab_size]."""
+        logits = self._graphs.logits(hidden)
+        return self._model.compute_logits(hidden) if logits is None else logits
 
     def _copy_blocks(self, arrays: StepArrays) -> None:
         if len(arrays.copy_sources):

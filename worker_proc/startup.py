@@ -16,6 +16,7 @@ from folovllm.common.model_config import ModelConfig, read_model_config
 from folovllm.worker_proc.attention.backend import AttentionBackend
 from folovllm.worker_proc.attention.paged import PagedBackend
 from folovllm.worker_proc.attention.torch_naive import TorchNaiveBackend
+from folovllm.worker_proc.cpu_steps import CpuSteps
 from folovllm.worker_proc.device import (
     Placement,
     available_memory,
@@ -26,7 +27,7 @@ from folovllm.worker_proc.device import (
     resolve_dtype,
     set_threads,
 )
-from folovllm.worker_proc.kernels.cpu.background import compile_in_background
+from folovllm.worker_proc.kernels.cpu.background import CpuKernels
 from folovllm.worker_proc.kv_size import check_fits, decide_num_blocks
 from folovllm.worker_proc.kv_tensors import KVTensors, bytes_per_block
 from folovllm.worker_proc.model_runner import ModelRunner
@@ -68,7 +69,8 @@ class Startup:
         with self._phases.measure("choose device, read config"):
             model_config = read_model_config(self._folder)
             placement = self._place(model_config)
-            backend = choose_backend(config.attention_backend, model_config, placement, config.block_size)
+            kernels = CpuKernels(model_config, config.block_size, placement)
+            backend = choose_backend(config.attention_backend, model_config, placement, kernels)
         processors: dict[str, LogitsProcessor] = {}
         if config.logits_processors:
             with self._phases.measure("load logits processors"):
@@ -85,7 +87,7 @@ class Startup:
             num_blocks = self._num_blocks(model_config, placement, activations)
             kv = KVTensors(model_config, num_blocks, config.block_size, placement)
             states = RequestStates(self._limits(model_config, num_blocks), placement.device)
-            graphs = choose_graphs(model, backend, kv, states)
+            graphs = choose_graphs(model, backend, kv, states, kernels)
             runner = ModelRunner(model, backend, kv, states, graphs, processors)
         self._check_stop()
         with self._phases.measure("warm up"):
@@ -175,7 +177,7 @@ class Startup:
         return peak
 
 
-def choose_backend(name: str, model_config: ModelConfig, placement: Placement, block_size: int) -> AttentionBackend:
+def choose_backend(name: str, model_config: ModelConfig, placement: Placement, kernels: CpuKernels) -> AttentionBackend:
     """The attention backend of that name; "auto" takes the fastest there is.
 
     Raises:
@@ -193,11 +195,19 @@ def choose_backend(name: str, model_config: ModelConfig, placement: Placement, b
         return TritonPagedBackend(heads, placement)
     if name == "auto":
         logger.info("attention backend: paged, the fastest there is on %s", placement.device.type)
-    return PagedBackend(model_config.num_attention_heads, compile_in_background(model_config, block_size, placement))
+    return PagedBackend(model_config.num_attention_heads, kernels.attention, kernels.chunks)
 
 
-def choose_graphs(model: CausalLM, backend: AttentionBackend, kv: KVTensors, states: RequestStates) -> StepGraphs:
-    """Captured steps where the attention backend can be captured, which is Triton's on CUDA."""
+def choose_graphs(
+    model: CausalLM,
+    backend: AttentionBackend,
+    kv: KVTensors,
+    states: RequestStates,
+    kernels: CpuKernels,
+) -> StepGraphs:
+    """Captured steps where the attention backend can be captured, which is Triton's on CUDA; compiled ones on a CPU."""
+    if states.device.type == "cpu" and backend.name == "paged":
+        return CpuSteps(kernels.begin_network(model.parts(), kv))
     if states.device.type != "cuda" or backend.name != "triton_paged":
         return NoGraphs()
     from folovllm.worker_proc.attention.triton_paged import TritonPagedBackend

@@ -23,6 +23,10 @@ class StepGraphs(Protocol):
         """Hidden states [T, hidden_size] of a step's tokens; None if the runner is to compute them."""
         ...
 
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """Logits [R, vocab_size] after hidden states [R, hidden_size]; None if the runner is to compute them."""
+        ...
+
 
 class NoGraphs:
     """For devices without graphs, and for runners that only measure."""
@@ -31,4 +35,7 @@ class NoGraphs:
         return None
 
     def forward(self, batch: InputBatch) -> torch.Tensor | None:  # noqa: ARG002 - takes no step
+        return None
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:  # noqa: ARG002 - takes no rows
         return None

@@ -10,6 +10,7 @@ import torch
 from folovllm.common.messages.core_worker import SamplingRow
 from folovllm.common.model_config import read_model_config
 from folovllm.worker_proc.device import Placement
+from folovllm.worker_proc.kernels.cpu.background import CpuKernels
 from folovllm.worker_proc.kv_tensors import KVTensors
 from folovllm.worker_proc.model_runner import ModelRunner
 from folovllm.worker_proc.models.registry import CausalLM, build_model
@@ -58,7 +59,8 @@ def make_runner(
     states = RequestStates(LIMITS, placement.device)
     heads = HeadCounts(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
     backend = TritonPagedBackend(heads, placement)
-    graphs = choose_graphs(model, backend, kv, states) if captured else None
+    kernels = CpuKernels(config, kv.block_size, placement)
+    graphs = choose_graphs(model, backend, kv, states, kernels) if captured else None
     return ModelRunner(model, backend, kv, states, graphs), states
 
 

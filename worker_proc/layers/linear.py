@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from folovllm.worker_proc.device import Placement
 from folovllm.worker_proc.layers.activation import silu_and_mul
+from folovllm.worker_proc.layers.blocked import BlockedWeight, look_into
 from folovllm.worker_proc.layers.norm import RMSNorm
 
 # oneDNN's layout depends on the row count it is told to expect; what it gives for 16 serves 1 to 1,024 rows well.
@@ -90,6 +91,7 @@ class Linear:
     Attributes:
         weight: [out_features, in_features]; row-major until `pack`, possibly opaque afterwards.
         bias: [out_features] or None.
+        blocked: where the numbers of the packed weight lie; None if it is not packed, or not known.
     """
 
     def __init__(self, in_features: int, parts: Mapping[str, int], placement: Placement, *, bias: bool = False) -> None:
@@ -98,6 +100,7 @@ class Linear:
         self._parts = dict(parts)
         self.weight = torch.empty(out_features, in_features, dtype=placement.dtype, device=placement.device)
         self.bias = torch.empty(out_features, dtype=placement.dtype, device=placement.device) if bias else None
+        self.blocked: BlockedWeight | None = None
         self._packed = False
         self._use_triton = placement.use_triton
         self._dependent = placement.dependent_launch
@@ -163,8 +166,9 @@ class Linear:
     def pack(self) -> None:
         """Brings the loaded weight into its fastest layout; views handed out before do not reach it any more."""
         if can_pack(self.weight):
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, _ROWS_TO_PACK_FOR)
-            self._packed = True
+            packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, _ROWS_TO_PACK_FOR)
+            self.blocked = look_into(packed, self.weight)
+            self.weight, self._packed = packed, True
 
 
 def can_pack(weight: torch.Tensor) -> bool:

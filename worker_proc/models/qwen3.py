@@ -13,6 +13,7 @@ from folovllm.worker_proc.attention.backend import AttentionStep
 from folovllm.worker_proc.device import Placement
 from folovllm.worker_proc.layers.linear import Linear, LinearLayer, LinearMaker
 from folovllm.worker_proc.layers.norm import HeadNorm, RMSNorm
+from folovllm.worker_proc.layers.parts import LayerParts, NetworkParts
 from folovllm.worker_proc.layers.rotary import HeadRotation, RotaryTable
 
 
@@ -50,6 +51,12 @@ class Qwen3ForCausalLM:
         for layer in self.model.layers:
             layer.finish_loading()
         self.lm_head.pack()
+
+    def parts(self) -> NetworkParts:
+        """What it is made of, for code that computes whole steps."""
+        model = self.model
+        layers = [layer.parts() for layer in model.layers]
+        return NetworkParts(model.embed_tokens, model.rotary, layers, model.norm, self.lm_head)
 
 
 class Qwen3Model:
@@ -99,6 +106,18 @@ class Qwen3DecoderLayer:
     def finish_loading(self) -> None:
         self.self_attn.finish_loading()
         self.mlp.finish_loading()
+
+    def parts(self) -> LayerParts:
+        attention, mlp = self.self_attn, self.mlp
+        return LayerParts(
+            self.input_layernorm,
+            attention.qkv_proj,
+            attention.qk_norm,
+            attention.o_proj,
+            self.post_attention_layernorm,
+            mlp.gate_up_proj,
+            mlp.down_proj,
+        )
 
 
 class Qwen3Attention:

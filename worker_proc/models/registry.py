@@ -9,6 +9,7 @@ from folovllm.common.model_config import Architecture, ModelConfig
 from folovllm.worker_proc.attention.backend import AttentionStep
 from folovllm.worker_proc.device import Placement
 from folovllm.worker_proc.layers.linear import DenseLinears, LinearMaker
+from folovllm.worker_proc.layers.parts import NetworkParts
 from folovllm.worker_proc.models.llama import LlamaForCausalLM
 from folovllm.worker_proc.models.qwen2 import Qwen2ForCausalLM
 from folovllm.worker_proc.models.qwen3 import Qwen3ForCausalLM
@@ -35,6 +36,10 @@ class CausalLM(Protocol):
 
     def finish_loading(self) -> None:
         """To be called once all tensors are filled."""
+        ...
+
+    def parts(self) -> NetworkParts:
+        """What it is made of, for code that computes whole steps."""
         ...
 
 

@@ -225,6 +225,7 @@ class FailingModel:
         self._model = model
         self.compute_logits = model.compute_logits
         self.checkpoint_tensors = model.checkpoint_tensors
+        self.parts = model.parts
         self.spare_tensors = model.spare_tensors
         self.finish_loading = model.finish_loading
 

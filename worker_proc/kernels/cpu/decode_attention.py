@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 from llvmlite import ir
 
+from folovllm.worker_proc.kernels.cpu.code_cache import CodeCache
 from folovllm.worker_proc.kernels.cpu.llvm import F32, I64, Compiled, Kernel, Sums
 from folovllm.worker_proc.kernels.cpu.team import Team
 
@@ -76,10 +77,10 @@ class HeadShape:
 class DecodeAttention:
     """The compiled kernel of a shape."""
 
-    def __init__(self, shape: HeadShape, team: Team) -> None:
+    def __init__(self, shape: HeadShape, team: Team, cache: CodeCache | None = None) -> None:
         self.shape = shape
         self._team = team
-        self._code = Compiled(_build(shape))
+        self._code = Compiled(_build(shape), cache)
 
     def plan(self, block_table: torch.Tensor, seq_lens: Sequence[int], cache: torch.Tensor) -> "DecodePlan":
         """What all layers of a step share.
@@ -131,6 +132,18 @@ class DecodePlan:
         arguments[_OUTPUT], arguments[_CACHE] = output.data_ptr(), cache.data_ptr()
         self._team.run(self._function, self._address)
         return output
+
+    def for_layers(self, query: int, output: int, caches: npt.NDArray[np.int64]) -> tuple[int, npt.NDArray[np.int64]]:
+        """For code that computes whole layers: the function, and what it is given in each of them [layers, fields].
+
+        To be called by all threads of the team at once. `query` and `output` are addresses of [R, Hq · D] without gaps,
+        `caches` [layers] those of the layers' caches.
+        """
+        arguments = np.tile(self._arguments, (len(caches), 1))
+        shape = self._shape
+        arguments[:, _QUERY], arguments[:, _OUTPUT], arguments[:, _CACHE] = query, output, caches
+        arguments[:, _QUERY_STRIDE] = shape.num_kv_heads * shape.group * shape.head_dim
+        return self._function, arguments
 
 
 def _divide(lengths: npt.NDArray[np.int64], num_kv_heads: int, num_threads: int) -> npt.NDArray[np.int64]:

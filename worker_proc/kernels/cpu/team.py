@@ -21,13 +21,18 @@ class Team:
         self._parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
         self._parallel.restype = None
         self.num_threads = torch.get_num_threads()
-        address = ctypes.cast(library.omp_get_thread_num, ctypes.c_void_p).value
-        assert address is not None, "a function of a loaded library has an address"
-        self.thread_num_address = address
+        self.thread_num_address = _address(library.omp_get_thread_num)
+        self.barrier_address = _address(library.GOMP_barrier)
 
     def run(self, function: int, arguments: int) -> None:
         """Calls the function at address `function` with the address `arguments` in every thread; waits for all."""
         self._parallel(function, arguments, self.num_threads, 0)
+
+
+def _address(function: Any) -> int:
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    assert address is not None, "a function of a loaded library has an address"
+    return address
 
 
 def find_team() -> Team | None:

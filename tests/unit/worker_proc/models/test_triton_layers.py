@@ -8,6 +8,7 @@ import torch
 from folovllm.common.model_config import read_model_config
 from folovllm.worker_proc.attention.torch_naive import TorchNaiveBackend
 from folovllm.worker_proc.device import Placement
+from folovllm.worker_proc.kernels.cpu.background import CpuKernels
 from folovllm.worker_proc.kv_tensors import KVTensors
 from folovllm.worker_proc.models.registry import build_model
 from folovllm.worker_proc.startup import choose_backend
@@ -29,7 +30,8 @@ def logits_of(folder: pathlib.Path, placement: Placement, query_lens: list[int],
     kv.data.copy_(torch.randn(kv.data.shape, generator=torch.Generator().manual_seed(3)))
     requests = [PagedRequest([1 + 3 * row, 2 + 3 * row, 3 + 3 * row], context) for row, context in enumerate(contexts)]
     metadata = build_metadata(requests, query_lens, BLOCK_SIZE, placement.device)
-    backend = choose_backend("auto", config, placement, BLOCK_SIZE) if placement.use_triton else TorchNaiveBackend()
+    kernels = CpuKernels(config, BLOCK_SIZE, placement)
+    backend = choose_backend("auto", config, placement, kernels) if placement.use_triton else TorchNaiveBackend()
     step = backend.begin_step(kv, metadata)
     positions = positions_of(requests, query_lens).to(placement.device)
     ids = torch.arange(sum(query_lens), device=placement.device) * 7 % config.vocab_size

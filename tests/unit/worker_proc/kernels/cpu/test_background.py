@@ -1,4 +1,7 @@
-"""Where a kernel is compiled, and where torch's operators do the work; the backend gives the same either way."""
+"""Where kernels are compiled, and where torch's operators do the work; the backend gives the same either way."""
+
+import logging
+import threading
 
 import msgspec
 import pytest
@@ -9,13 +12,17 @@ from folovllm.common.model_config import ModelConfig, read_model_config
 from folovllm.worker_proc.attention.backend import AttentionMetadata
 from folovllm.worker_proc.attention.paged import PagedBackend
 from folovllm.worker_proc.device import Placement
-from folovllm.worker_proc.kernels.cpu.background import compile_in_background
+from folovllm.worker_proc.kernels.cpu.background import Compiler, CpuKernels, Later
 from folovllm.worker_proc.kv_tensors import KVTensors
+from folovllm.worker_proc.models.registry import build_model
+from folovllm.worker_proc.weights import fill_dummy_weights
 from tests.fakes.tiny_models import make_model
 
 pytest.importorskip("llvmlite", reason="kernels for the CPU are compiled by llvmlite")
 
-BFLOAT16 = Placement(torch.device("cpu"), torch.bfloat16)
+CPU = torch.device("cpu")
+BFLOAT16 = Placement(CPU, torch.bfloat16)
+BOUND_S = 60
 
 
 @pytest.fixture(scope="module")
@@ -26,27 +33,69 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_kernel_for_sixteen_bits(config: ModelConfig, dtype: torch.dtype) -> None:
-    kernel = compile_in_background(config, 16, Placement(torch.device("cpu"), dtype))()
+    kernel = CpuKernels(config, 16, Placement(CPU, dtype)).attention.wait()
     assert kernel is not None
     assert kernel.shape.head_dim == 64
 
 
 def test_none_for_float32_or_shapes_without_one(config: ModelConfig) -> None:
-    assert compile_in_background(config, 16, Placement(torch.device("cpu"), torch.float32))() is None
-    assert compile_in_background(config, 8, BFLOAT16)() is None
+    for block_size, placement in ((16, Placement(CPU, torch.float32)), (8, BFLOAT16)):
+        kernels = CpuKernels(config, block_size, placement)
+        assert kernels.attention.is_known and kernels.attention() is None
+        model = build_model(config, placement, 64)
+        steps = kernels.begin_network(model.parts(), KVTensors(config, 2, block_size, placement))
+        assert steps.is_known and steps() is None
 
 
 def test_none_if_the_user_says_so(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FOLOVLLM_CPU_KERNELS", "torch")
-    assert compile_in_background(config, 16, BFLOAT16)() is None
+    assert CpuKernels(config, 16, BFLOAT16).attention.wait() is None
     monkeypatch.setenv("FOLOVLLM_CPU_KERNELS", "fast")
     with pytest.raises(ConfigError, match="FOLOVLLM_CPU_KERNELS='fast'"):
-        compile_in_background(config, 16, BFLOAT16)
+        CpuKernels(config, 16, BFLOAT16)
+
+
+def test_nobody_waits_for_what_is_not_there_yet() -> None:
+    go_on = threading.Event()
+
+    def make(_team: object) -> str:
+        assert go_on.wait(BOUND_S)
+        return "made"
+
+    later = Compiler().begin("something", make)
+    before = later(), later.is_known
+    go_on.set()
+    assert before == (None, False)
+    assert later.wait() == "made" and later() == "made" and later.is_known
+    never: Later[str] = Later.never()
+    assert never.is_known and never() is None and never.wait() is None
+
+
+def test_what_cannot_be_compiled_is_logged_and_torch_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    def make(_team: object) -> str:
+        raise RuntimeError("LLVM says no")
+
+    with caplog.at_level(logging.ERROR, logger="folovllm"):
+        assert Compiler().begin("something", make).wait() is None
+    assert "something runs with torch's operators" in caplog.text and "LLVM says no" in caplog.text
+
+
+def test_a_network_whose_weights_are_not_packed_goes_on_with_torch(
+    config: ModelConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    placement = Placement(CPU, torch.float16)  # which nothing packs
+    kernels = CpuKernels(config, 16, placement)
+    model = build_model(config, placement, 64)
+    fill_dummy_weights(model, 0)
+    with caplog.at_level(logging.INFO, logger="folovllm"):
+        assert kernels.begin_network(model.parts(), KVTensors(config, 2, 16, placement)).wait() is None
+    assert "no kernel for these weights" in caplog.text
 
 
 def test_the_backend_gives_the_same_with_it_and_without(config: ModelConfig) -> None:
     torch.manual_seed(0)
-    kernel = compile_in_background(config, 16, BFLOAT16)
+    kernel = CpuKernels(config, 16, BFLOAT16).attention
+    assert kernel.wait() is not None
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     lens, chunk = [1, 16, 40], 5
     total = len(lens) + chunk

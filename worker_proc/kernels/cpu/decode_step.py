@@ -1,0 +1,387 @@
+"""All layers of a step of a few decoding requests in one call. Reference: the network's own `forward` (torch).
+
+    embedding
+    layer: norm, q k v │ head norm, rotation, K and V to the cache │ attention │ o, added
+         │ norm, gate up │ SiLU │ down, added
+    last norm
+
+Every thread of the team runs the same function and does its share of each part; `│` is a barrier. What each needs whole
+(a normed row, some kilobytes) each computes for itself. Between parts everything is float32, which torch's operators
+would round to 16 bits each time.
+
+Idea and bound: with one request a step is the reading of the weights (269 MB of SmolLM2-135M: 10 ms at 27 GB/s). As
+some 450 operators of torch it takes 17 to 23 ms: each costs 3 to 8 µs, and its products do not reach the memory's rate.
+The seven barriers of a layer cost about 1 µs each.
+
+Layers differ only in addresses, which come from a table, so the code is as long as one layer and compiled once for a
+network's shape.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+from llvmlite import ir
+
+from folovllm.worker_proc.kernels.cpu.gemv import (
+    ELEMENT_BYTES,
+    FLOAT_BYTES,
+    LANES,
+    ROW_COUNTS,
+    Products,
+    ProductShape,
+    share,
+    widen_row,
+)
+from folovllm.worker_proc.kernels.cpu.llvm import F32, I64, Inner, Kernel
+
+# What a step's function is given: int64 numbers, addresses in bytes.
+(
+    ROWS,  # requests
+    ROW_COUNT,  # the same, rounded up to what there is code for
+    NUM_LAYERS,
+    TOKEN_IDS,  # int64 [rows]
+    POSITIONS,  # int64 [rows]
+    SLOTS,  # int64 [rows]: where K and V go, block · block_size + offset
+    EMBEDDING,
+    COS,  # [positions, head_dim], see `layers.rotary.RotaryTable`
+    SIN,
+    LAYERS,  # the table below
+    FINAL_NORM,
+    HEAD_BYTES,  # from one KV head of the cache to the next; values begin after the keys of all heads
+    ATTENTION,  # a function, called with the address of its arguments
+    ATTENTION_ARGUMENTS,
+    ATTENTION_STRIDE,  # bytes from one layer's to the next's
+    HIDDEN,  # float32 [row count, hidden stride], and so on: see `StepSizes`
+    HEADS,
+    GATE_UP,
+    ACTIVATED,
+    OWN,  # of each thread, `StepSizes.own` numbers
+    QUERY,  # 16-bit [rows, query heads · head_dim]
+    ATTENDED,
+    ZEROS,  # float32, for products without a base
+    OUTPUT,  # 16-bit [rows, hidden]
+    THREAD_NUM,  # functions
+    NUM_THREADS,
+    BARRIER,
+) = range(27)
+NUM_STEP_ARGUMENTS: Final = 27
+
+# A layer's row in the table, int64: of each product the weight and its bias in float32, then norms and cache.
+(
+    QKV,
+    QKV_BIAS,
+    OUT,
+    OUT_BIAS,
+    GATE_UP_WEIGHT,
+    GATE_UP_BIAS,
+    DOWN,
+    DOWN_BIAS,
+    INPUT_NORM,
+    POST_NORM,
+    HEAD_NORM,
+    CACHE,
+) = range(12)
+NUM_LAYER_FIELDS: Final = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class StepShape:
+    """What the function of a network is compiled for.
+
+    Attributes:
+        num_q_heads, num_kv_heads, head_dim: of the attention.
+        head_norm: whether query and key heads are normed.
+        eps: of all norms.
+        kind: "bfloat16" or "float16": of weights, cache, and tables.
+        qkv, out, gate_up, down: the products.
+    """
+
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    head_norm: bool
+    eps: float
+    kind: str
+    qkv: ProductShape
+    out: ProductShape
+    gate_up: ProductShape
+    down: ProductShape
+
+    @property
+    def products(self) -> tuple[ProductShape, ...]:
+        return (self.qkv, self.out, self.gate_up, self.down)
+
+    @property
+    def hidden(self) -> int:
+        return self.qkv.in_features
+
+    @property
+    def intermediate(self) -> int:
+        return self.down.in_features
+
+    @property
+    def is_supported(self) -> bool:
+        """Whether all sizes are whole vectors."""
+        sizes = (self.hidden, self.intermediate, self.head_dim // 2)
+        whole = all(size % LANES == 0 for size in sizes)
+        return whole and all(product.is_supported for product in self.products)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSizes:
+    """Numbers from row to row of what is passed between parts, and how many a thread has for itself."""
+
+    hidden: int
+    heads: int
+    gate_up: int
+    activated: int
+    normed: int
+    widened: int
+
+    @classmethod
+    def of(cls, shape: StepShape) -> "StepSizes":
+        return cls(
+            hidden=max(shape.out.padded_out, shape.down.padded_out),
+            heads=shape.qkv.padded_out,
+            gate_up=shape.gate_up.padded_out,
+            activated=shape.down.padded_in,
+            normed=max(shape.qkv.padded_in, shape.gate_up.padded_in),
+            widened=shape.out.padded_in,
+        )
+
+    @property
+    def own(self) -> int:
+        """Of one thread: normed rows, then widened ones."""
+        return ROW_COUNTS[-1] * (self.normed + self.widened)
+
+
+def build_step(shape: StepShape) -> Kernel:
+    """The function of all layers; its arguments are named above."""
+    kernel = Kernel("decode_step")
+    _Step(kernel, shape).emit()
+    return kernel
+
+
+class _Step:
+    def __init__(self, kernel: Kernel, shape: StepShape) -> None:
+        self.k, self.shape, self.sizes = kernel, shape, StepSizes.of(shape)
+        layouts = dict.fromkeys(product.layout for product in shape.products)
+        self.products = {layout: Products(kernel, layout) for layout in layouts}
+        self.norm = norm_function(kernel, shape.hidden, shape.eps, shape.kind)
+        self.rotate = _rotate_function(kernel, shape)
+        self.rows, self.row_count = kernel.argument(ROWS), kernel.argument(ROW_COUNT)
+        self.thread = kernel.call_int(kernel.argument(THREAD_NUM))
+        self.num_threads = kernel.argument(NUM_THREADS)
+        own = kernel.product(self.thread, kernel.integer(self.sizes.own * FLOAT_BYTES))
+        self.normed = kernel.sum(kernel.argument(OWN), own)
+        self.widened = kernel.sum(self.normed, kernel.integer(ROW_COUNTS[-1] * self.sizes.normed * FLOAT_BYTES))
+
+    def emit(self) -> None:
+        k = self.k
+        self._embed()
+        self._barrier()
+        with k.loop(k.integer(0), k.argument(NUM_LAYERS)) as layer:
+            row = k.product(layer, k.integer(NUM_LAYER_FIELDS))
+            self._normed(self._field(row, INPUT_NORM))
+            self._product(self.shape.qkv, (row, QKV), self._own_rows(self.normed, self.sizes.normed), HEADS)
+            self._barrier()
+            self._rotate_queries(row)
+            self._write_cache(row)
+            self._barrier()
+            offset = k.product(layer, k.argument(ATTENTION_STRIDE))
+            k.call_void(k.argument(ATTENTION), k.sum(k.argument(ATTENTION_ARGUMENTS), offset))
+            self._barrier()
+            self._widen()
+            self._product(self.shape.out, (row, OUT), self._own_rows(self.widened, self.sizes.widened), HIDDEN)
+            self._barrier()
+            self._normed(self._field(row, POST_NORM))
+            self._product(
+                self.shape.gate_up, (row, GATE_UP_WEIGHT), self._own_rows(self.normed, self.sizes.normed), GATE_UP
+            )
+            self._barrier()
+            self._activate()
+            self._barrier()
+            self._product(self.shape.down, (row, DOWN), self._shared_rows(ACTIVATED), HIDDEN)
+            self._barrier()
+        self._finish()
+
+    def _field(self, row: Any, field: int) -> Any:
+        return self.k.load(self.k.argument(LAYERS), self.k.sum(row, self.k.integer(field)), I64)
+
+    def _barrier(self) -> None:
+        self.k.call_void(self.k.argument(BARRIER))
+
+    @contextmanager
+    def _shared(self, count: Any) -> Iterator[Any]:
+        """A loop over this thread's share of `count` pieces of work."""
+        first, end = self._share(count)
+        with self.k.loop(first, end) as index:
+            yield index
+
+    def _share(self, count: Any) -> tuple[Any, Any]:
+        return share(self.k, count, self.thread, self.num_threads)
+
+    def _stride_of(self, argument: int) -> int:
+        sizes = {
+            HIDDEN: self.sizes.hidden,
+            HEADS: self.sizes.heads,
+            GATE_UP: self.sizes.gate_up,
+            ACTIVATED: self.sizes.activated,
+        }
+        return sizes[argument]
+
+    def _shared_rows(self, argument: int) -> tuple[Any, Any]:
+        return self.k.argument(argument), self.k.integer(self._stride_of(argument))
+
+    def _own_rows(self, address: Any, stride: int) -> tuple[Any, Any]:
+        return address, self.k.integer(stride)
+
+    def _row(self, rows: tuple[Any, Any], row: Any) -> Any:
+        """The address of a row of float32 numbers."""
+        return self.k.sum(rows[0], self.k.product(self.k.product(row, rows[1]), self.k.integer(FLOAT_BYTES)))
+
+    def _product(self, shape: ProductShape, field: tuple[Any, int], inputs: tuple[Any, Any], output: int) -> None:
+        """This thread's outputs; those of HIDDEN are added to what is there."""
+        k = self.k
+        row, weight = field
+        outputs = self._shared_rows(output)
+        base = outputs if output == HIDDEN else (k.argument(ZEROS), k.integer(0))
+        self.products[shape.layout].emit(
+            k,
+            weight=(self._field(row, weight), self._field(row, weight + 1), k.integer(shape.padded_in)),
+            inputs=inputs,
+            outputs=(*outputs, *base),
+            rows=self.row_count,
+            blocks=self._share(k.integer(shape.num_blocks)),
+        )
+
+    def _embed(self) -> None:
+        k = self.k
+        with self._shared(self.rows) as row:
+            token = k.load(k.argument(TOKEN_IDS), row, I64)
+            source = k.sum(k.argument(EMBEDDING), k.product(token, k.integer(self.shape.hidden * ELEMENT_BYTES)))
+            target = self._row(self._shared_rows(HIDDEN), row)
+            widen_row(k, source, target, self.shape.hidden, self.shape.kind)
+
+    def _normed(self, weight: Any) -> None:
+        k = self.k
+        with k.loop(k.integer(0), self.rows) as row:
+            target = self._row(self._own_rows(self.normed, self.sizes.normed), row)
+            k.invoke(self.norm, self._row(self._shared_rows(HIDDEN), row), weight, target)
+
+    def _widen(self) -> None:
+        """The attention's output as float32."""
+        k, size = self.k, self.shape.out.in_features
+        with k.loop(k.integer(0), self.rows) as row:
+            source = k.sum(k.argument(ATTENDED), k.product(row, k.integer(size * ELEMENT_BYTES)))
+            target = self._row(self._own_rows(self.widened, self.sizes.widened), row)
+            widen_row(k, source, target, size, self.shape.kind)
+
+    def _rotate_queries(self, row: Any) -> None:
+        k, shape = self.k, self.shape
+        heads = k.integer(shape.num_q_heads)
+        with self._shared(k.product(self.rows, heads)) as item:
+            request, head = k.builder.sdiv(item, heads), k.builder.srem(item, heads)
+            target = k.product(item, k.integer(shape.head_dim * ELEMENT_BYTES))
+            self._rotate(row, request, head, k.sum(k.argument(QUERY), target))
+
+    def _rotate(self, row: Any, request: Any, head: Any, target: Any) -> None:
+        k, dim = self.k, self.shape.head_dim
+        position = k.product(k.load(k.argument(POSITIONS), request, I64), k.integer(dim * ELEMENT_BYTES))
+        norm = k.sum(self._field(row, HEAD_NORM), k.product(head, k.integer(dim * ELEMENT_BYTES)))
+        tables = k.sum(k.argument(COS), position), k.sum(k.argument(SIN), position)
+        k.invoke(self.rotate, self._head(request, head), norm, *tables, target)
+
+    def _head(self, request: Any, head: Any) -> Any:
+        """The address of one head of the product of q, k and v."""
+        place = self.k.product(head, self.k.integer(self.shape.head_dim * FLOAT_BYTES))
+        return self.k.sum(self._row(self._shared_rows(HEADS), request), place)
+
+    def _write_cache(self, row: Any) -> None:
+        k, shape = self.k, self.shape
+        heads = k.integer(shape.num_kv_heads)
+        size = k.integer(shape.head_dim * ELEMENT_BYTES)
+        with self._shared(k.product(self.rows, heads)) as item:
+            request, head = k.builder.sdiv(item, heads), k.builder.srem(item, heads)
+            place = k.product(k.load(k.argument(SLOTS), request, I64), size)
+            head_bytes = k.argument(HEAD_BYTES)
+            key = k.sum(self._field(row, CACHE), k.product(head, head_bytes), place)
+            self._rotate(row, request, k.sum(k.integer(shape.num_q_heads), head), key)
+            value = self._head(request, k.sum(k.integer(shape.num_q_heads + shape.num_kv_heads), head))
+            numbers = k.load(value, k.integer(0), F32, shape.head_dim)
+            target = k.sum(key, k.product(heads, head_bytes))
+            k.store_floats(numbers, target, k.integer(0), shape.head_dim, shape.kind)
+
+    def _activate(self) -> None:
+        """`silu(gate) · up`, 16 numbers at a time."""
+        k, size = self.k, self.shape.intermediate
+        parts = k.integer(size // LANES)
+        with self._shared(k.product(self.rows, parts)) as item:
+            request = k.builder.sdiv(item, parts)
+            place = k.product(k.builder.srem(item, parts), k.integer(LANES))
+            source = self._row(self._shared_rows(GATE_UP), request)
+            gate = k.load(source, place, F32, LANES)
+            up = k.load(source, k.sum(place, k.integer(size)), F32, LANES)
+            target = self._row(self._shared_rows(ACTIVATED), request)
+            k.store(k.times(_silu(k, gate), up), target, place, F32, LANES)
+
+    def _finish(self) -> None:
+        k, hidden = self.k, self.shape.hidden
+        with self._shared(self.rows) as row:
+            normed = self._row(self._own_rows(self.normed, self.sizes.normed), row)
+            k.invoke(self.norm, self._row(self._shared_rows(HIDDEN), row), k.argument(FINAL_NORM), normed)
+            target = k.sum(k.argument(OUTPUT), k.product(row, k.integer(hidden * ELEMENT_BYTES)))
+            with k.loop(k.integer(0), k.integer(hidden // LANES)) as part:
+                place = k.product(part, k.integer(LANES))
+                k.store_floats(k.load(normed, place, F32, LANES), target, place, LANES, self.shape.kind)
+
+
+def _silu(k: Kernel, x: Any) -> Any:
+    """x / (1 + e^-x), from e to the power of -|x|."""
+    zero, one = k.constant(0.0, LANES), k.constant(1.0, LANES)
+    negative = k.builder.fcmp_ordered("<", x, zero)
+    small = k.exp(k.builder.select(negative, x, k.builder.fneg(x)), LANES)
+    return k.builder.fdiv(k.times(x, k.builder.select(negative, small, one)), k.plus(one, small))
+
+
+def norm_function(kernel: Kernel, size: int, eps: float, kind: str) -> Inner:
+    """`norm(x, weight, out)`: one row of float32 numbers normed, the weight of 16-bit numbers; `out` float32."""
+    f = kernel.inner("norm", 3)
+    x, weight, out = (f.argument(index) for index in range(3))
+    parts = f.integer(size // LANES)
+    total = f.variable(f.constant(0.0, LANES))
+    with f.loop(f.integer(0), parts) as part:
+        numbers = f.load(x, f.product(part, f.integer(LANES)), F32, LANES)
+        f.set(total, f.plus(f.times(numbers, numbers), f.get(total)))
+    scale = f.spread(_inverse_root_mean(f, f.total(f.get(total), LANES), size, eps), LANES)
+    with f.loop(f.integer(0), parts) as part:
+        place = f.product(part, f.integer(LANES))
+        normed = f.times(f.load(x, place, F32, LANES), scale)
+        f.store(f.times(normed, f.load_floats(weight, place, LANES, kind)), out, place, F32, LANES)
+    return f.end()
+
+
+def _rotate_function(kernel: Kernel, shape: StepShape) -> Inner:
+    """`rotate(head, norm weight, cos, sin, out)`: one head of float32 numbers, `out` 16-bit."""
+    dim, kind, half = shape.head_dim, shape.kind, shape.head_dim // 2
+    f = kernel.inner("rotate", 5)
+    head, weight, cos, sin, out = (f.argument(index) for index in range(5))
+    halves = [f.load(head, f.integer(place), F32, half) for place in (0, half)]
+    if shape.head_norm:
+        squares = f.plus(f.times(halves[0], halves[0]), f.times(halves[1], halves[1]))
+        scale = f.spread(_inverse_root_mean(f, f.total(squares, half), dim, shape.eps), half)
+        for index, place in enumerate((0, half)):
+            factor = f.load_floats(weight, f.integer(place), half, kind)
+            halves[index] = f.times(f.times(halves[index], scale), factor)
+    for index, place in enumerate((0, half)):
+        turned = f.times(halves[1 - index], f.load_floats(sin, f.integer(place), half, kind))
+        kept = f.times(halves[index], f.load_floats(cos, f.integer(place), half, kind))
+        f.store_floats(f.plus(kept, turned), out, f.integer(place), half, kind)
+    return f.end()
+
+
+def _inverse_root_mean(f: Kernel, total: Any, size: int, eps: float) -> Any:
+    mean = f.builder.fdiv(total, ir.Constant(F32, float(size)))
+    return f.builder.fdiv(ir.Constant(F32, 1.0), f.root(f.builder.fadd(mean, ir.Constant(F32, eps))))
