@@ -31,6 +31,7 @@ SERVER_OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     (_SERVER, "api_server_count", int, "Server processes on the port, over one engine [1]."),
     (_SERVER, "drain_timeout_s", float, "Seconds that running requests get after SIGTERM [30]."),
     (_SERVER, "health_timeout_s", float, "Seconds after which an engine that does not answer is stuck [5]."),
+    (_SERVER, "otlp_traces_endpoint", str, "URL to which OpenTelemetry spans go by OTLP over HTTP [none]."),
     (_API, "lenient", None, "Pass over unknown fields, and list them in the header X-Ignored-Fields [refuse them]."),
     (_API, "max_body_mb", float, "Largest body in MiB [8]."),
     (_API, "stream_interval", int, "Tokens that are gathered before a stream sends them [1]."),
@@ -85,6 +86,10 @@ def serve(model: str | None, engine: str | None, **given: Any) -> None:
         raise click.UsageError("give either a MODEL (a folder, a hub id or 'demo') or --engine ENDPOINT")
     exit_in_order(signal.SIGINT, signal.SIGTERM)
     _need_server_libraries()
+    if given["otlp_traces_endpoint"] is not None:
+        from folovllm.frontend.server.spans import need_libraries
+
+        need_libraries()  # told before a model is loaded
     from folovllm.frontend.server.launch import EngineSource, launch
 
     engine_given = taken_engine_options(given)

@@ -17,6 +17,7 @@ from folovllm.frontend.outputs import CompletionOutput, Logprob, RequestOutput
 from folovllm.frontend.prompts import Prompt, RenderedChat
 from folovllm.frontend.server.context import ServerContext
 from folovllm.frontend.server.errors import to_api_error
+from folovllm.frontend.server.spans import SpanOrigin
 
 _LONG_TEXT = 20_000  # characters; up to here the tokenizer takes some milliseconds, which the others can wait
 
@@ -31,6 +32,7 @@ class Job:
     params: SamplingParams
     request_id: str
     priority: int = 0
+    origin: SpanOrigin | None = None  # for its span; None makes none
 
 
 async def answer(context: ServerContext, job: Job) -> Outputs:
@@ -38,6 +40,7 @@ async def answer(context: ServerContext, job: Job) -> Outputs:
     metrics = context.metrics
     reasons: list[str] = []
     last_s = 0.0
+    span = context.spans.begin(job.origin, job.request_id, job.params) if context.spans and job.origin else None
     try:
         context.begin(job.request_id)
         generated = context.llm.generate(job.prompt, job.params, request_id=job.request_id, priority=job.priority)
@@ -52,12 +55,18 @@ async def answer(context: ServerContext, job: Job) -> Outputs:
                 reasons += [part.finish_reason for part in output.outputs if part.finish_reason is not None]
                 if output.finished:
                     metrics.observe_end(output, reasons)
+                    if span is not None:
+                        span.ended(output, reasons)
                 yield output
     except FoloVLLMError as error:
         metrics.count_rejected(to_api_error(error).status)
+        if span is not None:
+            span.failed(error)
         raise
     finally:
         context.end(job.request_id)
+        if span is not None:
+            span.close()
 
 
 async def to_prompt(

@@ -1,5 +1,6 @@
 """A chat request → a job for the engine, and parsers for its answers. All chat-like endpoints come through here."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from folovllm.frontend.server.parsers.base import AnswerContext, ReasoningFormat
 from folovllm.frontend.server.protocol.chat import ChatRequest
 from folovllm.frontend.server.protocol.tools import NamedToolChoice, Tool
 from folovllm.frontend.server.sampling import MAX_TOP_LOGPROBS, structured_outputs, to_sampling_params
+from folovllm.frontend.server.spans import SpanOrigin
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +50,17 @@ class ChatCall:
         )
 
 
-async def prepare_chat(context: ServerContext, body: ChatRequest, request_id: str) -> ChatCall:
-    """Checks a request and renders its prompt. Raises ApiError and RequestError; nothing is sent to the engine."""
+async def prepare_chat(
+    context: ServerContext, body: ChatRequest, request_id: str, trace: Mapping[str, str] | None = None
+) -> ChatCall:
+    """Checks a request and renders its prompt. Raises ApiError and RequestError; nothing is sent to the engine.
+
+    Args:
+        context: of the server.
+        body: as it came, or as another API's request was put.
+        request_id: where the body has none.
+        trace: headers of the trace context (`spans.trace_headers`).
+    """
     model = context.check_model(body.model)
     num_top = _check(body)
     tools = _offered(body)
@@ -72,7 +83,8 @@ async def prepare_chat(context: ServerContext, body: ChatRequest, request_id: st
     )
     text = rendered.text if answer_context is None else answer_context.prompt
     prompt = await to_prompt(context, text, add_special_tokens=False, cache_salt=body.cache_salt)
-    job = Job(prompt, params, body.request_id or request_id, body.priority or 0)
+    origin = SpanOrigin("chat", model, trace or {})
+    job = Job(prompt, params, body.request_id or request_id, body.priority or 0, origin)
     return ChatCall(body, job, model, num_top, tool_format, reasoning_format, answer_context)
 
 

@@ -17,6 +17,7 @@ from folovllm.frontend.server.errors import JSON_TYPE, ApiError, unavailable
 from folovllm.frontend.server.metrics import ServerMetrics
 from folovllm.frontend.server.options import ServerOptions
 from folovllm.frontend.server.parsers.registry import choose_reasoning_format, choose_tool_format
+from folovllm.frontend.server.spans import spans_to
 from folovllm.frontend.tokenizer import Tokenizer
 
 Kind = TypeVar("Kind", bound=msgspec.Struct)
@@ -36,16 +37,18 @@ class ServerContext:
         tokenizer: None where the model has none.
         chat_template: its source, "" where the model has none.
         tool_format, reasoning_format: how the model writes tool calls and thoughts; None: it does not.
+        spans: where requests are recorded; None: nowhere.
         draining: new requests are refused; those in work go on.
         stuck: why the engine gets no new requests (`heartbeat`); "" as a rule.
     """
 
     def __init__(self, llm: AsyncLLM, options: ServerOptions) -> None:
-        """Raises ConfigError: there is no parser of that name."""
+        """Raises ConfigError: there is no parser of that name, or the libraries of spans are not installed."""
         self.llm = llm
         self.options = options
         self.model_names = options.served_model_names or (Path(llm.info.model).name,)
         self.metrics = ServerMetrics(self.model_names[0], in_several_processes=options.api_server_count > 1)
+        self.spans = spans_to(options.otlp_traces_endpoint) if options.otlp_traces_endpoint else None
         self.created = int(time.time())
         self.draining = False
         self.stuck = ""

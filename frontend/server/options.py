@@ -28,6 +28,7 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         tool_parser: name of the parser of tool calls, "auto" (by the model) or "none".
         reasoning_parser: name of the parser of reasoning, "auto" or "none".
         api_server_count: server processes on one port.
+        otlp_traces_endpoint: URL to which OpenTelemetry spans go by OTLP over HTTP (extra `otel`); "" makes none.
     """
 
     served_model_names: tuple[str, ...] = ()
@@ -48,6 +49,7 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     tool_parser: str = "auto"
     reasoning_parser: str = "auto"
     api_server_count: int = 1
+    otlp_traces_endpoint: str = ""
 
     def __post_init__(self) -> None:
         check_range("port", self.port, 0, 65535)
@@ -63,5 +65,9 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             raise ConfigError("ssl_certfile and ssl_keyfile go together: give both, or none")
         if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
             raise ConfigError(f"root_path={self.root_path!r} must start with '/' and not end with it")
+        if self.otlp_traces_endpoint and not self.otlp_traces_endpoint.startswith(("http://", "https://")):
+            raise ConfigError(
+                f"otlp_traces_endpoint={self.otlp_traces_endpoint!r} must be a URL such as http://127.0.0.1:4318/v1/traces"
+            )
         if any(not key.strip() or not key.isascii() for key in self.api_keys):
             raise ConfigError("api_keys holds a key that is empty, or has other characters than ASCII")

@@ -108,6 +108,8 @@ def serve(
         if stop_fd is not None:
             _drain_on(runner.get_loop(), stop_fd, server)
         runner.run(server.serve(sockets=[bound]))
+    if context.spans is not None:
+        context.spans.close()
     if server.first_signal is not None:
         signal.raise_signal(server.first_signal)
     if llm.failure is not None:

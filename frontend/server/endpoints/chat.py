@@ -27,6 +27,7 @@ from folovllm.frontend.server.protocol.chat import (
 )
 from folovllm.frontend.server.protocol.common import Usage
 from folovllm.frontend.server.protocol.tools import FunctionCall, FunctionCallDelta, ToolCall, ToolCallDelta
+from folovllm.frontend.server.spans import trace_headers
 from folovllm.frontend.server.sse import DONE, EventStream, encode_event, error_event, unless_disconnected
 from folovllm.frontend.server.thinking import chat_answer
 from folovllm.frontend.server.usage import UsageCount
@@ -44,7 +45,7 @@ class ChatCompletions:
     async def create(self, request: Request) -> Response:
         body = await self._reader.read(request)
         self._context.check_open()
-        call = await prepare_chat(self._context, body.value, request_id_of(request))
+        call = await prepare_chat(self._context, body.value, request_id_of(request), trace_headers(request))
         outputs = chat_answer(self._context, call)
         writer = _Writer(self._context, call)
         if not body.value.stream:

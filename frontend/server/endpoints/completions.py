@@ -1,7 +1,7 @@
 """`POST /v1/completions`."""
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -22,6 +22,7 @@ from folovllm.frontend.server.protocol.completions import (
     CompletionRequest,
 )
 from folovllm.frontend.server.sampling import MAX_TOP_LOGPROBS, to_sampling_params
+from folovllm.frontend.server.spans import SpanOrigin, trace_headers
 from folovllm.frontend.server.sse import DONE, EventStream, encode_event, error_event, unless_disconnected
 from folovllm.frontend.server.usage import UsageCount
 
@@ -61,7 +62,7 @@ class Completions:
     async def create(self, request: Request) -> Response:
         body = await self._reader.read(request)
         self._context.check_open()
-        call = await self._prepare(body.value, request_id_of(request))
+        call = await self._prepare(body.value, request_id_of(request), trace_headers(request))
         outputs = [answer(self._context, job) for job in call.jobs]
         if not body.value.stream:
             results = await unless_disconnected(request, all_whole(outputs))
@@ -74,7 +75,7 @@ class Completions:
             headers=ignored_header(body.ignored),
         )
 
-    async def _prepare(self, body: CompletionRequest, http_id: str) -> _Call:
+    async def _prepare(self, body: CompletionRequest, http_id: str, trace: Mapping[str, str] | None = None) -> _Call:
         """Raises ApiError and RequestError, before anything is sent to the engine."""
         model = self._context.check_model(body.model)
         _check(body)
@@ -84,10 +85,11 @@ class Completions:
         prompts = _prompts(body.prompt)
         special, salt = body.add_special_tokens is not False, body.cache_salt
         name = body.request_id or http_id
+        origin = SpanOrigin("text_completion", model, trace or {})
         jobs = []
         for i, given in enumerate(prompts):
             prompt = await to_prompt(self._context, given, add_special_tokens=special, cache_salt=salt)
-            jobs.append(Job(prompt, params, name if len(prompts) == 1 else f"{name}-{i}", body.priority or 0))
+            jobs.append(Job(prompt, params, name if len(prompts) == 1 else f"{name}-{i}", body.priority or 0, origin))
         return _Call(body, jobs, prompts, f"cmpl-{name}", model, int(time.time()))
 
     def _whole(self, call: _Call, results: list[RequestOutput]) -> Completion:

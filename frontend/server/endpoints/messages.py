@@ -40,6 +40,7 @@ from folovllm.frontend.server.protocol.messages import (
     ThinkingDelta,
     ToolUseBlock,
 )
+from folovllm.frontend.server.spans import trace_headers
 from folovllm.frontend.server.sse import EventStream, encode_named_event, unless_disconnected
 from folovllm.frontend.server.thinking import chat_answer
 from folovllm.frontend.server.usage import UsageCount
@@ -58,7 +59,7 @@ class Messages:
         self._context.check_open()
         fields = FieldCheck(body, lenient=self._context.options.lenient)
         chat = to_chat_request(body.value, self._context.chat_template, fields)
-        call = await prepare_chat(self._context, chat, request_id_of(request))
+        call = await prepare_chat(self._context, chat, request_id_of(request), trace_headers(request))
         outputs = chat_answer(self._context, call)
         writer = _Writer(call)
         if not body.value.stream:

@@ -45,6 +45,7 @@ from folovllm.frontend.server.protocol.responses import (
     TextDoneEvent,
 )
 from folovllm.frontend.server.responses_form import to_chat_request
+from folovllm.frontend.server.spans import trace_headers
 from folovllm.frontend.server.sse import EventStream, encode_named_event, unless_disconnected
 from folovllm.frontend.server.thinking import chat_answer
 from folovllm.frontend.server.usage import UsageCount
@@ -63,7 +64,8 @@ class Responses:
         body = await self._reader.read(request)
         self._context.check_open()
         fields = FieldCheck(body, lenient=self._context.options.lenient)
-        call = await prepare_chat(self._context, to_chat_request(body.value, fields), request_id_of(request))
+        chat = to_chat_request(body.value, fields)
+        call = await prepare_chat(self._context, chat, request_id_of(request), trace_headers(request))
         outputs = chat_answer(self._context, call)
         writer = _Writer(self._context, body.value, call)
         if not body.value.stream:
