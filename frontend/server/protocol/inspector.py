@@ -46,7 +46,7 @@ class InspectorState(msgspec.Struct, kw_only=True):
 
     Attributes:
         engine: what does not change.
-        stats: the numbers of the message EngineStats.
+        stats: the fields of the message EngineStats.
         requests: those that run, then those that wait, in order; only the first ones.
         steps: the last ones, oldest first.
         blocks: a digit for each block, or for each `block_stride`-th: 0 free and empty, 1 free with contents that can
@@ -55,7 +55,7 @@ class InspectorState(msgspec.Struct, kw_only=True):
     """
 
     engine: EngineFacts
-    stats: dict[str, int]
+    stats: dict[str, int | bool]
     requests: list[InspectedRequest]
     steps: list[InspectedStep]
     blocks: str
