@@ -28,6 +28,7 @@ _PACKAGES = (
     "triton",
     "transformers",
     "huggingface_hub",
+    "gptqmodel",
 )
 
 

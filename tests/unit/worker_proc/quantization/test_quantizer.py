@@ -1,0 +1,90 @@
+import pytest
+import torch
+
+from folovllm.common.errors import ModelError
+from folovllm.worker_proc.quantization.config import Scheme
+from folovllm.worker_proc.quantization.quantizer import Hessian, Recipe, quantize, round_to_nearest
+from folovllm.worker_proc.quantization.storage import Quantized
+
+SCHEMES = [Scheme(4, 32, sym=True), Scheme(4, 16, sym=False), Scheme(4, -1, sym=True), Scheme(8, 64, sym=False)]
+
+
+def layer(inputs: int = 96, outputs: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight and correlated inputs of very different size, as layers of language models see them."""
+    generator = torch.Generator().manual_seed(0)
+    mixed = torch.randn(inputs, inputs, generator=generator) * torch.rand(inputs, generator=generator) * 3
+    x = torch.randn(600, inputs, generator=generator) @ mixed / inputs**0.5
+    return torch.randn(outputs, inputs, generator=generator) * 0.05, x
+
+
+def hessian_of(x: torch.Tensor) -> torch.Tensor:
+    hessian = Hessian(x.shape[1], x.device)
+    for part in x.split(250):
+        hessian.add(part)
+    assert hessian.num_rows == len(x)
+    torch.testing.assert_close(hessian.sum, x.t() @ x, atol=1e-2, rtol=1e-4)
+    return hessian.sum
+
+
+def error(weight: torch.Tensor, rounded: Quantized, x: torch.Tensor) -> float:
+    return float((x @ (rounded.dequantize() - weight).t()).norm() / (x @ weight.t()).norm())
+
+
+@pytest.mark.parametrize("desc_act", [False, True])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_products_change_less_than_with_rounding_to_nearest(scheme: Scheme, desc_act: bool) -> None:
+    weight, x = layer()
+    before = weight.clone()
+    rounded = quantize(weight, hessian_of(x), Recipe(scheme, desc_act))
+    nearest = round_to_nearest(weight, scheme)
+    assert torch.equal(weight, before)
+    assert error(weight, rounded, x) < 0.85 * error(weight, nearest, x)
+    count = 1 if scheme.group_size == -1 else -(-96 // scheme.group_size)
+    for each in (rounded, nearest):
+        assert each.numbers.shape == (96, 40) and each.zeros.shape == each.scales.shape == (count, 40)
+        assert int(each.numbers.max()) < 2**scheme.bits and each.scales.dtype == torch.float16
+        assert not scheme.sym or bool((each.zeros == 2 ** (scheme.bits - 1)).all())
+    even = torch.arange(96) // (96 if scheme.group_size == -1 else scheme.group_size)
+    assert torch.equal(nearest.groups, even)
+    assert torch.equal(rounded.groups.sort().values, even)
+    assert torch.equal(rounded.groups, even) == (not desc_act or count == 1)
+
+
+def test_scales_belong_to_their_groups_whatever_the_order_of_rounding() -> None:
+    """Groups of very different size: a scale in the wrong place would be far off."""
+    weight, _ = layer()
+    x = torch.randn(600, 96, generator=torch.Generator().manual_seed(1))  # nothing to make up for elsewhere
+    for group, factor in enumerate((0.01, 1.0, 0.1)):
+        weight[:, 32 * group : 32 * (group + 1)] *= factor
+    x[:, 64:] *= 10  # the last group comes first
+    rounded = quantize(weight, hessian_of(x), Recipe(Scheme(4, 32, sym=True)))
+    sizes = rounded.scales.float().abs().mean(1)
+    assert sizes[1] > 5 * sizes[2] > 25 * sizes[0]
+    for group in (1, 2):  # the first is so small that it is mostly what makes up for the others
+        columns = slice(32 * group, 32 * (group + 1))
+        part = weight[:, columns]
+        assert (rounded.dequantize()[:, columns] - part).norm() < 0.3 * part.norm()
+
+
+def test_a_smaller_last_group_keeps_its_place() -> None:
+    weight, x = layer(inputs=80)
+    x[:, 64:] *= 10
+    rounded = quantize(weight, hessian_of(x), Recipe(Scheme(4, 32, sym=False)))
+    assert torch.equal(rounded.groups, torch.arange(80) // 32)
+    assert error(weight, rounded, x) < 0.95 * error(weight, round_to_nearest(weight, Scheme(4, 32, sym=False)), x)
+
+
+def test_inputs_that_are_always_0_or_the_same() -> None:
+    weight, x = layer()
+    x[:, 5] = 0.0
+    x[:, 7] = x[:, 8]
+    rounded = quantize(weight, hessian_of(x), Recipe(SCHEMES[0], damping=1e-9))  # singular but for more damping
+    assert bool(rounded.dequantize().isfinite().all())
+    assert error(weight, rounded, x) < 0.5
+
+
+def test_activations_that_are_not_finite() -> None:
+    weight, x = layer()
+    x[3, 3] = torch.inf
+    with pytest.raises(ModelError, match="not finite"):
+        quantize(weight, x.t() @ x, Recipe(SCHEMES[0]))

@@ -1,0 +1,27 @@
+"""The package GPTQModel as quantizer, where it is installed (extra `quant`)."""
+
+from folovllm.common.errors import ConfigError
+from folovllm.common.quantize_job import QuantizeJob
+
+
+def quantize_with_gptqmodel(job: QuantizeJob) -> None:
+    """Quantizes and writes the checkpoint with GPTQModel.
+
+    Raises:
+        ConfigError: the package is missing or cannot be imported.
+    """
+    try:
+        from gptqmodel import GPTQModel, QuantizeConfig
+    except ImportError as error:
+        raise ConfigError(f"GPTQModel cannot be used ({error}): pip install 'folovllm[quant]'") from error
+    config = QuantizeConfig(
+        bits=job.bits,
+        group_size=job.group_size,
+        sym=job.sym,
+        desc_act=job.desc_act,
+        damp_percent=job.damping,
+        lm_head=job.head,
+    )
+    model = GPTQModel.load(job.model, config)
+    model.quantize([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in job.calibration], batch_size=1)
+    model.save(job.out)
