@@ -270,16 +270,13 @@ class _Tile:
         self.blocks = of_tile(_BLOCKS)
         group = k.integer(shape.group)
         past = k.sum(self.first, k.product(self.num_vectors, k.integer(LANES)))
-        last = self.smaller(k.builder.sub(past, k.integer(1)), self.last)
+        last = k.smaller(k.builder.sub(past, k.integer(1)), self.last)
         self.seen_by_all = k.sum(self.context, k.builder.sdiv(self.first, group), k.integer(1))
         self.end = k.sum(self.context, k.builder.sdiv(last, group), k.integer(1))  # keys that any row may see
         heads = k.integer(shape.num_kv_heads)
         self.keys = k.sum(k.argument(_CACHE), k.product(self.head, k.argument(_HEAD_BYTES)))
         self.values = k.sum(self.keys, k.product(heads, k.argument(_HEAD_BYTES)))
         self.factor = k.constant(_LOG2_E / math.sqrt(shape.head_dim), LANES)
-
-    def smaller(self, left: Any, right: Any) -> Any:
-        return self.k.builder.select(self.k.builder.icmp_signed("<", left, right), left, right)
 
     def emit(self) -> None:
         k = self.k
@@ -294,7 +291,7 @@ class _Tile:
     def begin(self, vector: Any) -> None:
         """Packs sixteen rows; rows past the last are that one again."""
         k = self.k
-        rows = [self.smaller(row, self.last) for row in self.rows(vector)]
+        rows = [self.k.smaller(row, self.last) for row in self.rows(vector)]
         self.products.pack_queries(vector, [self.place(row, k.argument(_QUERY_STRIDE)) for row in rows], self.query)
         limits = ir.Constant(_WORDS, ir.Undefined)
         for lane, row in enumerate(rows):
@@ -328,7 +325,7 @@ class _Tile:
     def meet_keys(self, first: Any) -> None:
         """All rows of the tile with keys `first` to `first` + 127, as far as they may see them."""
         k = self.k
-        num_keys = self.smaller(k.builder.sub(self.end, first), k.integer(KEYS))
+        num_keys = self.k.smaller(k.builder.sub(self.end, first), k.integer(KEYS))
         num_subs = k.builder.lshr(k.sum(num_keys, k.integer(SUB - 1)), k.integer(4))
         num_paired = k.builder.lshr(k.sum(num_keys, k.integer(PAIRED - 1)), k.integer(5))
         with k.loop(k.integer(0), num_subs) as sub:

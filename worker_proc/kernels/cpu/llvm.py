@@ -238,6 +238,10 @@ class Kernel:
     def larger(self, left: Any, right: Any) -> Any:
         return self.builder.select(self.builder.fcmp_ordered(">", left, right), left, right)
 
+    def smaller(self, left: Any, right: Any) -> Any:
+        """The smaller of two integers."""
+        return self.builder.select(self.builder.icmp_signed("<", left, right), left, right)
+
     def spread(self, number: Any, count: int) -> Any:
         """A vector of `count` times `number`."""
         empty = ir.Constant(ir.VectorType(F32, count), ir.Undefined)
@@ -277,9 +281,11 @@ class Kernel:
     def folded(self, vector: Any, count: int, to: int) -> Any:
         """A vector of `count` numbers added up in halves until `to` are left."""
         while count > to:
-            half = count // 2
-            low, high = self._pick(vector, vector, range(half)), self._pick(vector, vector, range(half, count))
-            vector, count = self.plus(low, high), half
+            rest = count // 2 if count // 2 % to == 0 else count - to  # 48 to 16: the last 16 join the first
+            low, high = self._pick(vector, vector, range(rest)), self._pick(vector, vector, range(rest, count))
+            if rest > count - rest:
+                high = self._pick(high, self.constant(0.0, count - rest), [*range(to), *([to] * (rest - to))])
+            vector, count = self.plus(low, high), rest
         return vector
 
     def neighbours(self, left: Any, right: Any, count: int) -> Any:

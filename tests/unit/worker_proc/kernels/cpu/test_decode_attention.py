@@ -1,5 +1,6 @@
 """The compiled kernel against its definition in float32, and against what must not reach it."""
 
+import itertools
 import math
 
 import numpy as np
@@ -8,17 +9,18 @@ import torch
 
 pytest.importorskip("llvmlite", reason="kernels for the CPU are compiled by llvmlite")
 
-from folovllm.worker_proc.kernels.cpu.decode_attention import DecodeAttention, HeadShape, _divide
+from folovllm.worker_proc.kernels.cpu.decode_attention import DecodeAttention, HeadShape, _divide, cut_into_parts
 from folovllm.worker_proc.kernels.cpu.llvm import prepare
 from folovllm.worker_proc.kernels.cpu.team import find_team
 
-LENGTHS = [1, 15, 16, 17, 200, 33, 64, 31]
+LENGTHS = [1, 15, 16, 17, 200, 33, 64, 31, 257, 700]
 SHAPES = [
     HeadShape(3, 3, 64, 16, "bfloat16"),
     HeadShape(2, 2, 128, 16, "bfloat16"),
     HeadShape(2, 1, 64, 32, "float16"),
     HeadShape(1, 8, 128, 16, "bfloat16"),
     HeadShape(2, 4, 32, 48, "float16"),
+    HeadShape(1, 2, 96, 16, "bfloat16"),
 ]
 
 
@@ -122,11 +124,35 @@ def test_queries_whose_heads_are_apart_are_brought_together() -> None:
 
 
 def test_work_is_divided_by_tokens() -> None:
-    assert _divide(np.array([100, 1, 1, 98]), 1, 2).tolist() == [0, 0, 4]
-    assert _divide(np.array([90, 20, 1, 89]), 1, 2).tolist() == [0, 1, 4]
-    assert _divide(np.array([10, 10]), 3, 2).tolist() == [0, 2, 6]
-    assert _divide(np.array([7]), 1, 3).tolist() == [0, 0, 0, 1]
-    assert _divide(np.array([5, 5, 5]), 2, 1).tolist() == [0, 6]
+    assert _divide(np.array([100, 1, 1, 98]), 2).tolist() == [0, 1, 4]
+    assert _divide(np.array([90, 20, 1, 89]), 2).tolist() == [0, 1, 4]
+    assert _divide(np.array([10] * 6), 2).tolist() == [0, 3, 6]
+    assert _divide(np.array([7]), 3).tolist() == [0, 0, 1, 1]
+    assert _divide(np.array([5] * 6), 1).tolist() == [0, 6]
+
+
+@pytest.mark.parametrize("block_size", [16, 48, 512])
+def test_parts_cover_each_context_once_in_whole_blocks(block_size: int) -> None:
+    shape = HeadShape(2, 3, 64, block_size, "bfloat16")
+    lengths = [1, 255, 256, 257, 300, 700, 5000]
+    parts = cut_into_parts(shape, np.array(lengths))
+    assert parts[:, 4].tolist() == list(range(len(parts)))
+    for request, length in enumerate(lengths):
+        for head in range(2):
+            own = parts[(parts[:, 0] == request) & (parts[:, 1] == head)]
+            begins, ends = own[:, 2].tolist(), own[:, 3].tolist()
+            assert begins == [0, *ends[:-1]] and ends[-1] == length
+            assert all(begin % block_size == 0 for begin in begins)
+            assert max(end - begin for begin, end in zip(begins, ends, strict=True)) <= max(256, block_size)
+            assert (own[:, 5] == own[0, 4]).all() and (own[:, 6] == len(own)).all()
+            assert (own[:, 7] == 2 * request + head).all()
+
+
+def test_a_long_context_occupies_all_threads() -> None:
+    parts = cut_into_parts(SHAPES[0], np.array([7000]))
+    borders = _divide(parts[:, 3] - parts[:, 2], 2)
+    tokens = [(parts[first:last, 3] - parts[first:last, 2]).sum() for first, last in itertools.pairwise(borders)]
+    assert max(tokens) < 1.02 * min(tokens)
 
 
 @pytest.mark.parametrize(
