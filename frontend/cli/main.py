@@ -16,6 +16,7 @@ from folovllm.frontend.cli.chat import chat
 from folovllm.frontend.cli.engine import engine
 from folovllm.frontend.cli.env import env
 from folovllm.frontend.cli.generate import generate
+from folovllm.frontend.cli.quantize import quantize
 from folovllm.frontend.cli.serve import serve
 from folovllm.frontend.cli.stop_signals import SHELL_SIGNAL_BASE, exit_in_order
 from folovllm.frontend.cli.trace import trace
@@ -31,7 +32,7 @@ def cli() -> None:
     """
 
 
-for _command in (generate, chat, serve, engine, bench, env, trace):
+for _command in (generate, chat, serve, engine, quantize, bench, env, trace):
     cli.add_command(_command)
 
 
