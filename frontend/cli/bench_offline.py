@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from folovllm.frontend.cli.bench_shared import DATASETS, check_dataset, make_works, save_json, taken_percentiles
-from folovllm.frontend.cli.options import GroupedCommand, engine_options, option, taken_engine_options
+from folovllm.frontend.cli.options import GroupedCommand, complete_model, engine_options, option, taken_engine_options
 
 if TYPE_CHECKING:
     from folovllm.frontend.llm import LLM
@@ -33,7 +33,13 @@ _DATASET_OPTIONS = {
 _POSITIVE = click.IntRange(min=1)
 
 
-_model = option(_WORK, "--model", default=None, help="Folder, hub id or 'demo' [demo, unless --engine is given].")
+_model = option(
+    _WORK,
+    "--model",
+    default=None,
+    shell_complete=complete_model,
+    help="Folder, hub id or 'demo' [demo, unless --engine is given].",
+)
 _engine = option(_WORK, "--engine", default=None, metavar="ENDPOINT", help="Use a running engine instead.")
 _output_json = option(
     _RESULT, "--output-json", type=click.Path(path_type=pathlib.Path), default=None, help="Write the result there."

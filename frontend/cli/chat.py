@@ -10,6 +10,7 @@ import click
 from folovllm.frontend.cli.conversation import Conversation, Piece, Speed, hold
 from folovllm.frontend.cli.options import (
     GroupedCommand,
+    complete_model,
     engine_options,
     option,
     sampling_options,
@@ -36,7 +37,7 @@ _URL_HELP = "Talk with an OpenAI-compatible server; MODEL is its name there, or 
 
 
 @click.command(cls=GroupedCommand, examples=_EXAMPLES, short_help="Talks with MODEL in the terminal.")
-@click.argument("model", required=False)
+@click.argument("model", required=False, shell_complete=complete_model)
 @option("Conversation", "--engine", default=None, metavar="ENDPOINT", help="Use a running engine; MODEL is not needed.")
 @option("Conversation", "--url", default=None, metavar="URL", help=_URL_HELP)
 @option("Conversation", "--api-key", default=None, metavar="KEY", help="Key of the server at --url [none].")

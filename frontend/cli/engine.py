@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from folovllm.frontend.cli.options import GroupedCommand, engine_options, option, taken_engine_options
+from folovllm.frontend.cli.options import GroupedCommand, complete_model, engine_options, option, taken_engine_options
 from folovllm.frontend.cli.stop_signals import exit_in_order
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ _EXAMPLES = (
 
 
 @click.command(cls=GroupedCommand, examples=_EXAMPLES, short_help="Starts an engine that others dial.")
-@click.argument("model")
+@click.argument("model", shell_complete=complete_model)
 @option("Connection", "--listen", required=True, metavar="ENDPOINT", help="ipc://PATH, or tcp://HOST:PORT (encrypted).")
 @engine_options
 def engine(model: str, listen: str, **given: Any) -> None:

@@ -8,6 +8,7 @@ import click
 
 from folovllm.frontend.cli.options import (
     GroupedCommand,
+    complete_model,
     engine_options,
     option,
     sampling_options,
@@ -30,7 +31,11 @@ _LOGPROBS_HELP = "With --json: each token's log probability, and those of the so
 @click.command(cls=GroupedCommand, examples=_EXAMPLES, short_help="Answers prompts.")
 @click.argument("prompts", nargs=-1, required=True)
 @option(
-    "Prompts and output", "--model", default=None, help="Folder, hub id or 'demo' [demo, unless --engine is given]."
+    "Prompts and output",
+    "--model",
+    default=None,
+    shell_complete=complete_model,
+    help="Folder, hub id or 'demo' [demo, unless --engine is given].",
 )
 @option("Prompts and output", "--engine", default=None, metavar="ENDPOINT", help="Use a running engine instead.")
 @option("Prompts and output", "-n", type=int, default=1, help="Answers to each prompt [1].")

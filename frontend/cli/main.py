@@ -13,9 +13,11 @@ import click
 import folovllm
 from folovllm.frontend.cli.bench import bench
 from folovllm.frontend.cli.chat import chat
+from folovllm.frontend.cli.completion import completion
 from folovllm.frontend.cli.engine import engine
 from folovllm.frontend.cli.env import env
 from folovllm.frontend.cli.generate import generate
+from folovllm.frontend.cli.run_batch import run_batch
 from folovllm.frontend.cli.quantize import quantize
 from folovllm.frontend.cli.serve import serve
 from folovllm.frontend.cli.stop_signals import SHELL_SIGNAL_BASE, exit_in_order
@@ -32,7 +34,7 @@ def cli() -> None:
     """
 
 
-for _command in (generate, chat, serve, engine, quantize, bench, env, trace):
+for _command in (generate, chat, serve, engine, run_batch, quantize, bench, env, trace, completion):
     cli.add_command(_command)
 
 

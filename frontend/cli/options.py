@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
+from click.shell_completion import CompletionItem
 
 if TYPE_CHECKING:
     from folovllm.common.sampling_params import SamplingParams
@@ -49,6 +50,12 @@ class GroupedCommand(click.Command):
             with formatter.section("Examples"):
                 for example in self.examples:
                     formatter.write(f"{'':>{formatter.current_indent}}{example}\n")
+
+
+def complete_model(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """What a shell offers for a model: folders, and the demo."""
+    demo = [CompletionItem("demo")] if "demo".startswith(incomplete) else []
+    return [CompletionItem(incomplete, type="dir"), *demo]
 
 
 def option(group: str, *names: str, **attributes: Any) -> Callable[[Command], Command]:

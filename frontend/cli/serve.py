@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from folovllm.frontend.cli.options import GroupedCommand, engine_options, option, taken_engine_options
+from folovllm.frontend.cli.options import GroupedCommand, complete_model, engine_options, option, taken_engine_options
 from folovllm.frontend.cli.stop_signals import exit_in_order
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def _server_options(command: Any) -> Any:
 
 
 @click.command(cls=GroupedCommand, examples=_EXAMPLES, short_help="Serves MODEL over HTTP.")
-@click.argument("model", required=False)
+@click.argument("model", required=False, shell_complete=complete_model)
 @option(_SERVER, "--engine", default=None, metavar="ENDPOINT", help="Use a running engine; MODEL is not needed.")
 @option(
     _API,
@@ -85,7 +85,7 @@ def serve(model: str | None, engine: str | None, **given: Any) -> None:
     if (model is None) == (engine is None):
         raise click.UsageError("give either a MODEL (a folder, a hub id or 'demo') or --engine ENDPOINT")
     exit_in_order(signal.SIGINT, signal.SIGTERM)
-    _need_server_libraries()
+    need_server_libraries()
     if given["otlp_traces_endpoint"] is not None:
         from folovllm.frontend.server.spans import need_libraries
 
@@ -101,7 +101,8 @@ def serve(model: str | None, engine: str | None, **given: Any) -> None:
     )
 
 
-def _need_server_libraries() -> None:
+def need_server_libraries() -> None:
+    """Raises ConfigError where one is not installed."""
     from folovllm.common.errors import ConfigError
 
     for name in ("starlette", "uvicorn", "uvloop", "httptools", "prometheus_client"):
@@ -118,7 +119,7 @@ def _taken_server_options(model: str | None, given: dict[str, Any]) -> "ServerOp
     from folovllm.frontend.server.options import ServerOptions
 
     values = {name: given[name] for _, name, _, _ in SERVER_OPTIONS if given[name] is not None}
-    names = given["served_model_names"] or (() if model is None else (_short(model),))
+    names = given["served_model_names"] or (() if model is None else (short_name(model),))
     return ServerOptions(
         **values,
         served_model_names=names,
@@ -128,8 +129,8 @@ def _taken_server_options(model: str | None, given: dict[str, Any]) -> "ServerOp
     )
 
 
-def _short(model: str) -> str:
-    """A hub id or `demo` as it is, a folder by its name."""
+def short_name(model: str) -> str:
+    """The name that requests ask for: a hub id or `demo` as it is, a folder by its own name."""
     path = pathlib.Path(model)
     return path.resolve().name if path.is_dir() else model
 

@@ -42,6 +42,12 @@ def to_sampling_params(body: SamplingFields, *, max_tokens: int | None, **given:
     return SamplingParams(max_tokens=max_tokens, **values)
 
 
+def refuse_stream(body: SamplingFields) -> None:
+    """For what answers whole only. Raises RequestError."""
+    if body.stream:
+        raise RequestError("stream=true is not possible here: the answer comes whole", "stream")
+
+
 def _check_options(body: SamplingFields) -> None:
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options needs stream=true", "stream_options")

@@ -27,6 +27,7 @@ from folovllm.frontend.server.protocol.chat import (
 )
 from folovllm.frontend.server.protocol.common import Usage
 from folovllm.frontend.server.protocol.tools import FunctionCall, FunctionCallDelta, ToolCall, ToolCallDelta
+from folovllm.frontend.server.sampling import refuse_stream
 from folovllm.frontend.server.spans import trace_headers
 from folovllm.frontend.server.sse import DONE, EventStream, encode_event, error_event, unless_disconnected
 from folovllm.frontend.server.thinking import chat_answer
@@ -57,6 +58,13 @@ class ChatCompletions:
             error_event=error_event,
             headers=ignored_header(body.ignored),
         )
+
+    async def complete(self, data: bytes, request_id: str) -> ChatCompletion:
+        """The whole answer to a body, without HTTP; its `stream` must be off. Raises ApiError and FoloVLLMError."""
+        body = self._reader.decode(data).value
+        refuse_stream(body)
+        call = await prepare_chat(self._context, body, request_id)
+        return _Writer(self._context, call).completion(await whole(chat_answer(self._context, call)))
 
 
 class _Answer:

@@ -21,7 +21,7 @@ from folovllm.frontend.server.protocol.completions import (
     CompletionLogprobs,
     CompletionRequest,
 )
-from folovllm.frontend.server.sampling import MAX_TOP_LOGPROBS, to_sampling_params
+from folovllm.frontend.server.sampling import MAX_TOP_LOGPROBS, refuse_stream, to_sampling_params
 from folovllm.frontend.server.spans import SpanOrigin, trace_headers
 from folovllm.frontend.server.sse import DONE, EventStream, encode_event, error_event, unless_disconnected
 from folovllm.frontend.server.usage import UsageCount
@@ -74,6 +74,13 @@ class Completions:
             error_event=error_event,
             headers=ignored_header(body.ignored),
         )
+
+    async def complete(self, data: bytes, request_id: str) -> Completion:
+        """The whole answer to a body, without HTTP; its `stream` must be off. Raises ApiError and FoloVLLMError."""
+        body = self._reader.decode(data).value
+        refuse_stream(body)
+        call = await self._prepare(body, request_id)
+        return self._whole(call, await all_whole([answer(self._context, job) for job in call.jobs]))
 
     async def _prepare(self, body: CompletionRequest, http_id: str, trace: Mapping[str, str] | None = None) -> _Call:
         """Raises ApiError and RequestError, before anything is sent to the engine."""
