@@ -11,13 +11,16 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench docs format clean
+.PHONY: help demo serve test lint bench docs format clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## A real model answers two questions, then yours (the first time: downloads and converts it)
 	$(BIN)/folovllm chat demo --temperature 0 --ask "What is the capital of France?" --ask "Write one sentence about the sea."
+
+serve: $(VENV)/.demo ## The same model over HTTP: chat, inspector, API (make serve ARGS="--port 9000")
+	$(BIN)/folovllm serve demo $(ARGS)
 
 test: lint ## Everything that CI runs: lint, types, import contracts, tests with coverage
 	$(BIN)/python -m pytest --cov --cov-report=term
@@ -56,7 +59,7 @@ $(BIN)/python:
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing FoloVLLM ..."
-	@$(INSTALL) -e .
+	@$(INSTALL) -e '.[server]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
