@@ -17,8 +17,8 @@ from folovllm.frontend.cli.completion import completion
 from folovllm.frontend.cli.engine import engine
 from folovllm.frontend.cli.env import env
 from folovllm.frontend.cli.generate import generate
-from folovllm.frontend.cli.run_batch import run_batch
 from folovllm.frontend.cli.quantize import quantize
+from folovllm.frontend.cli.run_batch import run_batch
 from folovllm.frontend.cli.serve import serve
 from folovllm.frontend.cli.stop_signals import SHELL_SIGNAL_BASE, exit_in_order
 from folovllm.frontend.cli.trace import trace

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import click
 
-from folovllm.frontend.cli.options import GroupedCommand, option
+from folovllm.frontend.cli.options import GroupedCommand, complete_model, option
 
 _EXAMPLES = (
     "folovllm quantize demo smollm2-4bit --group-size 64",
@@ -16,7 +16,7 @@ _EVALUATION_SAMPLES = 32
 
 
 @click.command(cls=GroupedCommand, examples=_EXAMPLES, short_help="Makes a 4-bit checkpoint of a model (GPTQ).")
-@click.argument("model")
+@click.argument("model", shell_complete=complete_model)
 @click.argument("out", type=click.Path(path_type=pathlib.Path))
 @option(_FORMAT, "--bits", type=click.Choice(["4", "8"]), default="4", help="Bits of a number [4].")
 @option(_FORMAT, "--group-size", type=int, default=128, help="Inputs that share a scale: 16 to 1024, -1 for all [128].")
