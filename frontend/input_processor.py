@@ -148,7 +148,7 @@ class InputProcessor:
             request_id: name of the request for logs and output.
             priority: lower runs first.
         """
-        return self._process(prompt, self._checked_params(params), request_id, priority, {})
+        return self._process(prompt, self._checked_params(params), _checked_name(request_id), priority, {})
 
     def _process(
         self, prompt: Prompt, params: SamplingParams, request_id: str, priority: int, resolved: dict[int, _Resolved]
@@ -309,6 +309,17 @@ def _one_each(given: Any, count: int, name: str, kind: type) -> Sequence[Any]:
     if len(given) != count:
         raise RequestError(f"{name} has {len(given)} entries for {count} prompts; give one, or one for each", name)
     return given
+
+
+def _checked_name(request_id: Any) -> str:
+    """What cannot be written into a message must not reach the core: it refuses the whole frame."""
+    if not isinstance(request_id, str):
+        raise RequestError(f"request_id must be a string, not {type(request_id).__name__}", "request_id")
+    try:
+        request_id.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"request_id holds half of a character: {error}", "request_id") from error
+    return request_id
 
 
 def _checked_priority(priority: Any) -> int:

@@ -76,3 +76,10 @@ def mutant(body: dict[str, Any], dice: random.Random) -> Any:
         else:
             holder.append(copy.deepcopy(holder[place]))
     return made
+
+
+def names_the_field(path: str, answer: dict[str, Any]) -> bool:
+    """Whether a refusal says what is wrong: in `param`, or in the message where the form has none (Anthropic's)."""
+    error = answer["error"]
+    is_no_object = "Expected `object`" in error["message"] and " - at " not in error["message"]
+    return bool(error["message"]) and (path == "/v1/messages" or is_no_object or bool(error["param"]))

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from folovllm import LLM, SamplingParams
+from tests.fakes.trace_collector import Collector
 from tests.integration.conftest import Daemon, eventually, is_idle
 from tests.integration.serving import ServeProcess
 
@@ -43,6 +44,13 @@ def start(tiny_folder: pathlib.Path) -> Iterator[Callable[..., ServeProcess]]:
     yield make
     for process in started:
         process.close()
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    made = Collector()
+    yield made
+    made.close()
 
 
 def lines_of(response: httpx.Response) -> Iterator[Any]:
@@ -103,8 +111,10 @@ def test_L27_keys_from_the_environment(start: Callable[..., ServeProcess]) -> No
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_lets_running_requests_end(start: Callable[..., ServeProcess], number: int, code: int) -> None:
-    server = start()
+def test_a_signal_lets_running_requests_end(
+    start: Callable[..., ServeProcess], collector: Collector, number: int, code: int
+) -> None:
+    server = start("--otlp-traces-endpoint", collector.url, "--served-model-name", "tiny")
     outcome: list[dict[str, Any]] = []
     with server.client() as http, http.stream("POST", COMP, json=LONG | {"stream": True}) as response:
         events = lines_of(response)
@@ -116,6 +126,7 @@ def test_a_signal_lets_running_requests_end(start: Callable[..., ServeProcess], 
     got, errors, left = server.outcome(family)
     assert (got, left) == (code, 0)
     assert "Traceback" not in errors
+    assert collector.span_names() == ["text_completion tiny"]  # what was in work when the signal came is recorded too
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{server.url}/health")
 

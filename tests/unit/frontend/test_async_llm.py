@@ -288,10 +288,15 @@ def test_a_message_that_nobody_is_to_blame_for_ends_the_link(core: FakeCore, fra
     run(core, scenario)
 
 
-def test_a_request_that_cannot_be_written_down_leaves_nothing(core: FakeCore) -> None:
+def test_a_request_that_cannot_be_sent_leaves_nothing(core: FakeCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def add(_requests: object) -> None:
+        raise OSError("no room")
+
     async def scenario(llm: AsyncLLM) -> None:
-        with pytest.raises(UnicodeEncodeError):
-            await text_of(llm, "ab", tokens(2), request_id="\ud800")
+        with monkeypatch.context() as patch:
+            patch.setattr(llm._open.client, "add", add)
+            with pytest.raises(OSError, match="no room"):
+                await text_of(llm, "ab", tokens(2))
         assert not llm._states
         assert not llm._open.outputs.live
         assert await text_of(llm, "ab", tokens(2)) == "ba"

@@ -110,6 +110,17 @@ def test_one_set_of_parameters_or_one_for_each() -> None:
 
 
 @pytest.mark.parametrize(
+    "name, message",
+    [(5, "must be a string, not int"), (None, "not NoneType"), ("a\ud800", "holds half of a character")],
+)
+def test_a_name_that_no_message_can_hold_is_refused(name: Any, message: str) -> None:
+    """The core would refuse the whole frame, and whatever else was in it."""
+    with pytest.raises(RequestError, match=message) as caught:
+        processor().process("a", None, request_id=name)
+    assert caught.value.field == "request_id"
+
+
+@pytest.mark.parametrize(
     "params, priority, message",
     [
         ([SamplingParams()], None, "sampling_params has 1 entries for 2 prompts"),

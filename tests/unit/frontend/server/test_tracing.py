@@ -1,10 +1,8 @@
 """Spans: what is in them, whose trace they belong to, what refused and broken-off requests leave, and where they go."""
 
 import asyncio
-import http.server
 import pathlib
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,6 +20,7 @@ from folovllm.frontend.server.spans import need_libraries, spans_to
 from folovllm.frontend.server.tracing import OpenTelemetrySpans
 from tests.fakes.fake_core_for_frontend import FakeCore
 from tests.fakes.http_server import Served, Visit, run
+from tests.fakes.trace_collector import Collector
 
 Script = Callable[[str], FakeCore]
 CHAT = "/v1/chat/completions"
@@ -165,39 +164,6 @@ def test_no_span_without_the_option(saying: Script) -> None:
     run(saying("ab").endpoint, scenario)
 
 
-class Collector:
-    """Takes spans over HTTP.
-
-    Attributes:
-        url: where it listens.
-        bodies: what came, by path.
-    """
-
-    def __init__(self) -> None:
-        self.bodies: list[tuple[str, bytes]] = []
-        outer = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                size = int(self.headers["content-length"])
-                outer.bodies.append((self.path, self.rfile.read(size)))
-                self.send_response(200)
-                self.end_headers()
-
-            def log_message(self, format: str, *args: Any) -> None:
-                pass
-
-        self._server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/v1/traces"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
-        self._thread.start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
-
-
 @pytest.fixture
 def collector() -> Iterator[Collector]:
     made = Collector()
@@ -218,12 +184,12 @@ def test_spans_go_to_the_collector_before_the_server_ends(saying: Script, collec
     assert path == "/v1/traces"
     (of_resource,) = ExportTraceServiceRequest.FromString(body).resource_spans
     assert ("service.name", "folovllm") in [(a.key, a.value.string_value) for a in of_resource.resource.attributes]
-    assert [span.name for scope in of_resource.scope_spans for span in scope.spans] == ["chat tiny"]
+    assert collector.span_names() == ["chat tiny"]
 
 
 def test_a_collector_that_is_gone_holds_no_end_up(saying: Script, collector: Collector) -> None:
     core = saying("ab")
-    collector._server.server_close()
+    collector.stop_listening()
 
     async def scenario(server: Served) -> None:
         assert (await server.post(CHAT, HELLO)).status_code == 200
