@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import aiohttp
-import uvloop
 
 from folovllm.common.errors import ConfigError
 from folovllm.frontend.benchmark.http_request import Record, Target, new_session, send
 from folovllm.frontend.benchmark.workload import Work
+from folovllm.frontend.event_loop import run_to_end
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +49,7 @@ def put_load(target: Target, works: Sequence[Work], load: Load, on_end: Callable
     Raises:
         ConfigError: a warm-up failed; the message is the server's.
     """
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_put_load(target, works, load, on_end))
+    return run_to_end(_put_load(target, works, load, on_end))
 
 
 async def _put_load(target: Target, works: Sequence[Work], load: Load, on_end: Callable[[Record], None]) -> Outcome:

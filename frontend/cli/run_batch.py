@@ -1,6 +1,5 @@
 """`folovllm run-batch`: answers a file of requests, without a server."""
 
-import asyncio
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -89,8 +88,7 @@ def run_batch(model: str | None, engine: str | None, **given: Any) -> None:
 
 
 def _answer_all(llm: "AsyncLLM", options: "ServerOptions", files: "BatchFiles", given: dict[str, Any]) -> "BatchCounts":
-    import uvloop
-
+    from folovllm.frontend.event_loop import run_to_end
     from folovllm.frontend.progress import Bar
     from folovllm.frontend.server.batch import Batch
     from folovllm.frontend.server.batch_lines import LineReader
@@ -102,9 +100,6 @@ def _answer_all(llm: "AsyncLLM", options: "ServerOptions", files: "BatchFiles", 
         files.sink,
         files.done,
     )
-    with (
-        Bar(files.num_lines, shown=not given["disable_tqdm"], unit="request") as bar,
-        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
-    ):
-        runner.run(batch.run(given["max_in_work"], bar.advance))
+    with Bar(files.num_lines, shown=not given["disable_tqdm"], unit="request") as bar:
+        run_to_end(batch.run(given["max_in_work"], bar.advance))
     return batch.counts

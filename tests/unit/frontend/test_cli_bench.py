@@ -3,8 +3,12 @@
 import importlib.util
 import json
 import pathlib
+import signal
 import socket
-from collections.abc import Callable
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +17,7 @@ from folovllm.frontend import int32
 from folovllm.frontend.cli.main import run
 from tests.fakes.fake_core_for_frontend import FakeCore
 from tests.fakes.scripted_server import Answer, Asked, ScriptedServer, as_json, chat_events, events, models
+from tests.sources import ROOT
 from tests.unit.frontend.conftest import Run
 
 Script = Callable[[Asked], Answer]
@@ -177,6 +182,29 @@ def test_paths(bench: Run) -> None:
         assert run(["bench", "serve", "--base-url", server.url + "/llm/v1/", "--num-prompts", "1"]) == 0
         paths = {asked.path for asked in server.asked if asked.body}
     assert paths == {"/other/completions", "/llm/v1/completions"}
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_hangs_up(number: int, code: int) -> None:
+    asked, end = threading.Event(), threading.Event()
+
+    def parts() -> Iterator[bytes]:
+        asked.set()
+        assert end.wait(30)
+        yield b""
+
+    def never_answers(asked: Asked) -> Answer:
+        return Answer(parts()) if asked.body else models("one")
+
+    with ScriptedServer(never_answers) as server:
+        command = [sys.executable, "-m", "folovllm", "bench", "serve", "--base-url", server.url, "--num-warmups", "0"]
+        with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+            assert asked.wait(30)
+            process.send_signal(number)
+            _, errors = process.communicate(timeout=20)
+        end.set()
+    assert process.returncode == code
+    assert "Traceback" not in errors
 
 
 @pytest.mark.parametrize("name, args", [("aiohttp", []), ("matplotlib", ["--save-result"])])
