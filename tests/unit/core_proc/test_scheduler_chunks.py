@@ -219,6 +219,31 @@ def test_a_target_that_cannot_be_kept_still_lets_prompts_go_on() -> None:
     engine.run()
 
 
+def test_a_first_chunk_behind_a_cached_beginning_is_sized_for_its_context() -> None:
+    engine = SimulatedEngine(num_blocks=900, max_num_batched_tokens=512, max_model_len=2000, target_itl_s=0.1, depth=1)
+
+    def turn() -> tuple[int, float]:
+        engine.schedule()
+        load = engine.scheduler._in_flight[-1].load
+        seconds = 0.02 + 0.0005 * load.num_prefill + 1e-6 * load.num_pairs
+        engine.now_s += seconds - 1.0  # `receive` adds one second
+        engine.update()
+        return load.num_prefill, seconds
+
+    shared = [i % 89 for i in range(1500)]
+    for _ in range(4):
+        engine.add(4, max_tokens=300)
+    for end in (1, 3):  # the first round teaches what steps cost
+        (long,) = engine.add([*shared, *range(end * 90)], max_tokens=1)
+        while not long.is_finished:
+            turn()
+    (short,) = engine.add([*shared, *range(90, 97), *range(90)], max_tokens=1)
+    num_tokens, seconds = turn()
+    assert short.num_cached_tokens == 1500
+    assert num_tokens < 70 and seconds < 0.11  # without its context it would get all of its 97 tokens: 0.21 s
+    engine.run()
+
+
 def test_without_running_requests_a_target_cuts_nothing() -> None:
     engine = SimulatedEngine(max_num_batched_tokens=64, depth=1, target_itl_s=0.001, num_blocks=100)
     engine.add(60, max_tokens=1)

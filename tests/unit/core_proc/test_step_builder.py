@@ -73,7 +73,7 @@ def test_the_load_counts_pairs_of_tokens_in_a_chunk_and_its_context() -> None:
     step.add_decodes(np.array([0]), 7)
     step.add_chunk(1, 3, 10)  # attends to 11, 12 and 13 tokens
     step.add_chunk(2, 2, 0)  # to 1 and 2
-    assert step.load == StepLoad(num_decodes=1, num_context=7, num_prefill=5, num_pairs=39.0)
+    assert step.load == StepLoad(num_decodes=1, num_context=17, num_prefill=5, num_pairs=39.0)
 
 
 def test_new_requests_blocks_and_copies_travel_as_given() -> None:

@@ -161,3 +161,35 @@ def test_a_step_without_a_time_is_no_sample() -> None:
     model.observe(StepLoad(1, 10), 0.0)
     model.observe(StepLoad(1, 10), -1.0)
     assert model.predict(StepLoad(1, 10)) == 0.0
+
+
+def test_a_chunk_reads_its_context_too() -> None:
+    load = StepLoad(8, 800).with_chunk(16, 3000)
+    assert load == StepLoad(8, 3800, 16, 16 * 3000 + 136)
+    assert load.with_chunk(4, 0) == StepLoad(8, 3800, 20, 16 * 3000 + 136 + 10)
+
+
+def test_after_five_steps_a_slower_machine_is_known() -> None:
+    model = after_decoding(cpu)
+    for _ in range(3):
+        run(model, cpu, 0.12, prompt=4000)
+    load = StepLoad(8, 800).with_chunk(100, 1000)
+    for _ in range(5):
+        model.observe(load, 1.6 * cpu(load))
+    assert model.predict(load) == pytest.approx(1.6 * cpu(load), rel=0.05)
+    alone = StepLoad(8, 800)  # what decodes alone take is seen all the time, and not scaled
+    assert model.predict(alone) == pytest.approx(cpu(alone), rel=0.1)
+
+
+def test_where_steps_are_late_now_and_then_less_is_planned() -> None:
+    steady, unsteady = after_decoding(cpu), after_decoding(cpu)
+    run(steady, cpu, 0.12, prompt=8000)
+    random_ = random.Random(3)
+
+    def sometimes_late(load: StepLoad) -> float:
+        return cpu(load) * (1.4 if random_.random() < 0.08 else 1.0)
+
+    run(unsteady, sometimes_late, 0.12, prompt=8000)
+    load = StepLoad(8, 800)
+    planned = [model.max_prefill_tokens(load, 2000, 0.12, 2048) for model in (steady, unsteady)]
+    assert 0.6 * planned[0] < planned[1] < 0.9 * planned[0]
