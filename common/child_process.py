@@ -96,6 +96,10 @@ class ChildProcess:
             os.close(self._death_write)
             self._death_write = -1
 
+    def kill(self) -> None:
+        """Sends SIGKILL and does not wait; nothing if the child has ended."""
+        self._process.kill()
+
     def stop(self, grace_s: float) -> int:
         """Stops the child: by request, after `grace_s` seconds by SIGKILL. Returns its exit code."""
         self.ask_to_stop()

@@ -53,6 +53,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         pipeline_depth: steps in flight, 1 or 2.
         max_num_queued_reqs: bound on waiting requests; more are refused.
         max_num_queued_tokens: bound on the prompt tokens of waiting requests; None sets no bound.
+        max_worker_restarts: how many workers that end in a row are replaced before the engine ends with the next. One
+            that has served for ten minutes begins a new row. 0: the engine ends with its worker.
         attention_backend: "auto" chooses and logs why.
         logits_processors: functions "module:function" that requests may name, loaded by the worker at start.
         cpu_threads: threads of the CPU worker; None takes the physical cores this process may use.
@@ -82,6 +84,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     pipeline_depth: int = 2
     max_num_queued_reqs: int = 100_000
     max_num_queued_tokens: int | None = None
+    max_worker_restarts: int = 10
     attention_backend: AttentionBackendName = "auto"
     logits_processors: tuple[str, ...] = ()
     cpu_threads: int | None = None
@@ -101,6 +104,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         check_range("max_num_batched_tokens", self.max_num_batched_tokens, 1, 2**24)
         check_range("pipeline_depth", self.pipeline_depth, 1, MAX_PIPELINE_DEPTH)
         check_range("max_num_queued_reqs", self.max_num_queued_reqs, 1, 2**31 - 1)
+        check_range("max_worker_restarts", self.max_worker_restarts, 0, 2**31 - 1)
         check_optional_range("max_model_len", self.max_model_len, 2, 2**24)
         check_optional_range("num_valid_token_ids", self.num_valid_token_ids, 1, 2**31 - 1)
         check_optional_range("num_gpu_blocks_override", self.num_gpu_blocks_override, 2, 2**31 - 1)

@@ -37,8 +37,10 @@ from folovllm.core_proc.grammar_threads import Grammars
 from folovllm.core_proc.kv_cache_manager import KVCacheManager
 from folovllm.core_proc.observer import Observer
 from folovllm.core_proc.parent_link import ParentLink
+from folovllm.core_proc.recovery import Recovery
 from folovllm.core_proc.request_queue import RequestQueue
 from folovllm.core_proc.scheduler import ChunkBounds, Scheduler
+from folovllm.core_proc.supervisor import Supervisor
 from folovllm.core_proc.tracing import FileSink
 from folovllm.core_proc.waiter import Waiter
 
@@ -173,6 +175,7 @@ class CoreProcess:
             scheduler=scheduler,
             pool=pool,
             frontends=self._frontends,
+            executor=self._executor,
             log_interval_s=config.log_interval_s,
             sink=self._open_trace(config, max_model_len, pool.num_usable),
         )
@@ -182,7 +185,12 @@ class CoreProcess:
             frontends=self._frontends,
             admission=admission,
             scheduler=scheduler,
-            executor=self._executor,
+            recovery=Recovery(
+                executor=self._executor,
+                scheduler=scheduler,
+                supervisor=Supervisor(config.max_worker_restarts, time.monotonic()),
+                recorder=observer.recorder,
+            ),
             observer=observer,
             pipeline_depth=config.pipeline_depth,
         )

@@ -24,10 +24,10 @@ from folovllm.common.messages.frontend_core import (
 )
 from folovllm.core_proc.admission import Admission
 from folovllm.core_proc.deadlines import Deadlines
-from folovllm.core_proc.executor import Executor
 from folovllm.core_proc.frontends import Frontend, Frontends
 from folovllm.core_proc.observer import Observer
 from folovllm.core_proc.parent_link import ParentLink
+from folovllm.core_proc.recovery import Recovery
 from folovllm.core_proc.request import Request, RequestStatus
 from folovllm.core_proc.scheduler import Scheduler, StepOutcome, only_ends
 from folovllm.core_proc.waiter import Waiter
@@ -48,18 +48,19 @@ class EngineCore:
         frontends: Frontends,
         admission: Admission,
         scheduler: Scheduler,
-        executor: Executor,
+        recovery: Recovery,
         observer: Observer,
         pipeline_depth: int,
     ) -> None:
-        """`waiter` must know the sockets of `frontends` and `executor` already."""
+        """`waiter` must know the sockets of `frontends` and of the executor already."""
         self._waiter = waiter
         self._parent = parent
         self._frontends = frontends
         self._admission = admission
         self._grammars = admission.grammars
         self._scheduler = scheduler
-        self._executor = executor
+        self._recovery = recovery
+        self._executor = recovery.executor
         self._observer = observer
         self._recorder = observer.recorder
         self._deadlines = Deadlines()
@@ -75,9 +76,11 @@ class EngineCore:
         """One turn: waits for whatever comes first, then lets it take effect everywhere."""
         sources = self._waiter.wait(self._timeout_ms())
         now_s = time.monotonic()
+        outcomes = self._watch_worker(sources, now_s)
         if self._frontends.socket in sources:
             self._receive(now_s)
-        outcomes = self._collect(now_s) if self._executor.socket in sources else []
+        if self._executor.socket in sources:
+            outcomes += self._collect(now_s)
         self._abort_orphans(now_s)
         outcomes += self._end_overdue(now_s)
         outcomes += self._follow_grammars(now_s)
@@ -87,14 +90,19 @@ class EngineCore:
         self._frontends.ping(now_s)
         if self._parent.socket in sources:
             self._parent.pass_over_frames()
-        self._executor.check(sources, now_s)
         self._observer.look(now_s)
         self._check_when_idle(sources)
 
     def _timeout_ms(self) -> int | None:
         """None where nothing can become due without a frame: then the process sleeps."""
-        is_due = len(self._frontends) or self._executor.num_in_flight or not self._is_checked
-        return self._deadlines.wait_ms(time.monotonic(), _TICK_MS if is_due else None)
+        tick_ms = self._executor.tick_ms
+        if tick_ms is None and (len(self._frontends) or not self._is_checked):
+            tick_ms = _TICK_MS
+        return self._deadlines.wait_ms(time.monotonic(), tick_ms)
+
+    def _watch_worker(self, sources: list[Any], now_s: float) -> list[StepOutcome]:
+        failed = self._recovery.look(sources, now_s)
+        return [only_ends(failed)] if failed else []
 
     def _receive(self, now_s: float) -> None:
         for frontend, message in self._frontends.receive():
@@ -225,7 +233,7 @@ class EngineCore:
         return outcomes
 
     def _submit(self, now_s: float) -> None:
-        while self._executor.num_in_flight < self._pipeline_depth:
+        while self._executor.is_ready and self._executor.num_in_flight < self._pipeline_depth:
             step = self._scheduler.schedule(now_s)
             self._recorder.scheduled(step, now_s)
             if step is None:

@@ -1,49 +1,54 @@
-"""The worker: its process, its connection, and the steps it was sent and has not answered yet.
+"""The worker that takes steps, the steps it has not answered yet, and the next worker once it has ended.
 
-The worker has two connections, since a ZeroMQ socket belongs to one thread: its main thread, `worker-0`, says Hello and
-receives steps; its output thread, `worker-0/out`, sends what they brought.
+A worker ends by itself, is ended because it said that it cannot go on, or because it hangs. Either way its process is
+gone before the next one starts, since only then its memory is free, and nothing here waits for it: `check` says when.
 """
 
+import time
 from collections import deque
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
+import msgspec
 import zmq
 
-from folovllm.common.child_process import ChildProcess
-from folovllm.common.errors import EngineDeadError, EngineError, EngineStartError, ProtocolError
-from folovllm.common.log import get_logger
-from folovllm.common.messages.core_worker import CoreToWorker, ModelRunnerOutput, SchedulerOutput, WorkerToCore
-from folovllm.common.messages.lifecycle import (
-    PROTOCOL_VERSION,
-    BadFrame,
-    ConfigureWorker,
-    Failed,
-    Hello,
-    WorkerReady,
-)
-from folovllm.common.transport import Decoder, bind, encode, new_socket
-from folovllm.core_proc.refusals import Refusals, receive_waiting
+from folovllm.common.errors import EngineError, EngineStartError
+from folovllm.common.messages.core_worker import ModelRunnerOutput, SchedulerOutput
+from folovllm.common.messages.lifecycle import ConfigureWorker, Failed, WorkerReady
 from folovllm.core_proc.waiter import Waiter
+from folovllm.core_proc.worker_link import OUTPUT, WORKER_NAME, WorkerLink
 
-WORKER_NAME = "worker-0"
-STEP_BOUND_S = (
-    600.0  # a worker that answers no step for so long is taken for dead; far beyond any step, on a slow CPU too
+STEP_BOUND_S: Final = (
+    300.0  # of one step: 2048 tokens of a prompt, with a model that is large for its CPU, take minutes
 )
-_DEATH_CAUSE_BOUND_S = 1.0  # from a lost connection to the end of the process
-_LAST_WORDS_BOUND_MS = 300  # from the end of the process to its last frame's arrival
-_INPUT = WORKER_NAME.encode()
-_OUTPUT = _INPUT + b"/out"
-
-logger = get_logger(__name__)
+_START_BOUND: Final = 4.0  # times as long as the first worker's start, and never less than a step's bound
+_GRACE_S: Final = 2.0  # from a worker's report that it cannot go on, or its connection's end, to SIGKILL
+_LAST_WORDS_S: Final = 0.3  # from the end of the process to its last frame's arrival
+_LAST_RESULTS_S: Final = 0.05  # the same for a process that was killed, and has no words
+_ENDING_TICK_MS: Final = 50
+_TICK_MS: Final = 1000
 
 
 class WorkerFailedError(EngineError):
     """The worker said why it cannot go on; `report` is what it said."""
 
     def __init__(self, report: Failed) -> None:
-        super().__init__(f"{report.process}: {report.error_type}: {report.message}")
+        super().__init__(_words(report))
         self.report = report
+
+
+class WorkerLost(NamedTuple):
+    """A worker has ended.
+
+    Attributes:
+        cause: why, in words.
+        report: its own words, if it had any.
+        was_ready: False: it ended before it took steps.
+    """
+
+    cause: str
+    report: Failed | None
+    was_ready: bool
 
 
 class _StepInFlight(NamedTuple):
@@ -51,137 +56,189 @@ class _StepInFlight(NamedTuple):
     submitted_s: float
 
 
+class _Ending(NamedTuple):
+    """A worker that is to end, or has ended at `ended_s`; `fault` is what it is ended for, "" if it ends by itself."""
+
+    fault: str
+    kill_s: float
+    ended_s: float | None = None
+
+
 class Executor:
     """Submits steps to the worker and collects their results, in the same order."""
 
-    def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", runtime_dir: str, worker_module: str) -> None:
+    def __init__(
+        self,
+        context: "zmq.Context[zmq.Socket[bytes]]",
+        runtime_dir: str,
+        worker_module: str,
+        step_bound_s: float = STEP_BOUND_S,
+    ) -> None:
         """Starts `python -m worker_module`. Raises OSError where the system cannot start it."""
-        self.socket = new_socket(context, zmq.ROUTER)
-        self.socket.setsockopt(zmq.MAXMSGSIZE, -1)  # log probabilities of a step may take more, and the worker is ours
-        self._refusals = Refusals(self.socket, "worker link")
-        endpoint, _ = bind(self.socket, f"ipc://{runtime_dir}/worker")
-        self._decoder: Decoder[WorkerToCore] = Decoder(WorkerToCore)
+        self._context = context
+        self._endpoint = f"ipc://{runtime_dir}/worker"
+        self._worker_module = worker_module
+        self._step_bound_s = step_bound_s
+        self._start_bound_s = step_bound_s
         self._in_flight: deque[_StepInFlight] = deque()
         self._is_refused = False
-        self._process = ChildProcess(worker_module, ["--connect", endpoint, "--name", WORKER_NAME], WORKER_NAME)
-        logger.debug("started %s as pid %d", worker_module, self._process.pid)
+        self._ending: _Ending | None = None
+        self._started_s = 0.0
+        self._is_told_ready = True
+        self._waiter: Waiter | None = None
+        self._configure: ConfigureWorker | None = None
+        self.num_restarts = 0
+        self._link = WorkerLink(context, self._endpoint, worker_module)
+
+    @property
+    def socket(self) -> "zmq.Socket[bytes]":
+        """To be waited for: `collect` when it is readable."""
+        return self._link.socket
 
     @property
     def num_in_flight(self) -> int:
         return len(self._in_flight)
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether steps can be submitted: not while a worker ends, nor before the next one is ready."""
+        return self._ending is None and self._link.ready is not None
+
+    @property
+    def tick_ms(self) -> int | None:
+        """How often `check` must be called, whatever happens; None: when a source of the waiter is readable."""
+        if self._ending is not None:
+            return _ENDING_TICK_MS
+        return _TICK_MS if self._in_flight or not self.is_ready else None
+
     def start(self, waiter: Waiter, configure: ConfigureWorker) -> WorkerReady:
-        """Tells the worker its configuration and waits until it is ready, has failed or has ended.
+        """Tells the first worker its configuration and waits until it is ready, has failed or has ended.
 
         Raises:
             WorkerFailedError: it told why it cannot start.
             EngineStartError: it ended without a word.
         """
-        waiter.add(self.socket)
-        waiter.add(self._process.sentinel)
-        while True:
+        begun_s = time.monotonic()
+        self._waiter, self._configure = waiter, configure
+        link = self._link
+        waiter.add(link.socket)
+        waiter.add(link.process.sentinel)
+        while link.ready is None:
             sources = waiter.wait(None)
-            for identity, frame in receive_waiting(self.socket):
-                message = self._decode(identity, frame)
-                if isinstance(message, Hello):
-                    self._greet(identity, message, configure)
-                elif isinstance(message, WorkerReady):
-                    return message
-                elif isinstance(message, ModelRunnerOutput):
-                    self._refuse(identity, "no step was submitted yet")
-            if self._process.sentinel in sources:
-                self._raise_last_words()
-                raise EngineStartError(f"{self._process.exit_cause()} before it was ready")
+            self._refuse_early_results()
+            if link.process.sentinel in sources:
+                while link.report is None and link.socket.poll(int(1000 * _LAST_WORDS_S)):
+                    self._refuse_early_results()
+            if link.report is not None:
+                raise WorkerFailedError(link.report)
+            if link.process.sentinel in sources:
+                raise EngineStartError(f"{link.process.exit_cause()} before it was ready")
+        # The books of the scheduler are for this many blocks: the next worker is not to count for itself.
+        config = msgspec.structs.replace(
+            configure.config, num_gpu_blocks_override=link.ready.num_blocks, kv_cache_memory_gb=None
+        )
+        self._configure = msgspec.structs.replace(configure, config=config, started_at=0.0)
+        self._start_bound_s = max(self._step_bound_s, _START_BOUND * (time.monotonic() - begun_s))
+        return link.ready
 
     def submit(self, step: SchedulerOutput, now_s: float) -> None:
-        """Sends one step. Raises EngineDeadError where the worker is gone."""
-        try:
-            self._send(step)
-        except zmq.ZMQError as error:
-            raise self._death(f"it cannot be sent to: {error}") from error
+        """Sends one step; a worker that is gone shows in `check`."""
         self._in_flight.append(_StepInFlight(step.step_id, now_s))
+        try:
+            self._link.send(step)
+        except zmq.ZMQError as error:
+            self._end(f"{WORKER_NAME} (pid {self._link.process.pid}) runs, but it cannot be sent to: {error}", now_s)
 
     def collect(self) -> Iterator[ModelRunnerOutput]:
-        """The results that have arrived, oldest step first. Raises WorkerFailedError where the worker gives up."""
-        for identity, frame in receive_waiting(self.socket):
-            message = self._decode(identity, frame)
-            if isinstance(message, ModelRunnerOutput):
-                if not self._in_flight or message.step_id != self._in_flight[0].step_id:
-                    self._refuse(identity, f"step {message.step_id} is not the one to be answered next")
-                    continue
-                step = self._in_flight.popleft()
-                yield message
-                if self._is_refused:
-                    self._in_flight.appendleft(step)
-                    self._is_refused = False
-            elif isinstance(message, Hello | WorkerReady):
-                self._refuse(identity, f"{type(message).__name__} comes once, at the start")
+        """The results that have arrived, oldest step first; what else the worker says takes effect, too."""
+        assert self._configure is not None, "not started"
+        for identity, output in self._link.receive(self._configure):
+            if not self._in_flight or output.step_id != self._in_flight[0].step_id:
+                self._link.refuse(identity, f"step {output.step_id} is not the one to be answered next")
+                continue
+            step = self._in_flight.popleft()
+            yield output
+            if self._is_refused:
+                self._in_flight.appendleft(step)
+                self._is_refused = False
 
     def refuse(self, reason: str) -> None:
         """The result that `collect` gave last cannot be the step's: the worker still owes one."""
         self._is_refused = True
-        self._refuse(_OUTPUT, reason)
+        self._link.refuse(OUTPUT, reason)
 
-    def check(self, sources: list[object], now_s: float) -> None:
-        """Raises EngineDeadError if the worker has ended or has left a step unanswered for too long."""
-        if self._process.sentinel in sources:
-            self._raise_last_words()
-            raise EngineDeadError(self._process.exit_cause())
-        if self._in_flight and now_s - self._in_flight[0].submitted_s > STEP_BOUND_S:
-            step_id = self._in_flight[0].step_id
-            raise EngineDeadError(f"{WORKER_NAME} has not answered step {step_id} for {STEP_BOUND_S:.0f} s")
+    def check(self, sources: list[object], now_s: float) -> WorkerLost | WorkerReady | None:
+        """What has become of the worker since the last call: gone, or (a new one) ready. Ends one that hangs."""
+        link = self._link
+        if link.process.sentinel in sources:
+            self._forget_sentinel()
+            ending = self._ending or _Ending("", now_s)
+            self._ending = ending._replace(ended_s=now_s)
+            return None  # its last results may lie in the socket
+        if self._ending is not None:
+            return self._follow_end(self._ending, now_s)
+        if fault := self._fault(now_s):
+            if link.report is not None:
+                link.process.ask_to_stop()
+            self._end(fault, now_s, grace_s=0.0 if link.report is None else _GRACE_S)
+        elif link.ready is not None and not self._is_told_ready:
+            self._is_told_ready = True
+            return link.ready
+        return None
+
+    def restart(self, now_s: float) -> None:
+        """Starts another worker in place of the one that is lost. Raises OSError where the system cannot."""
+        assert self._waiter is not None, "not started"
+        self._waiter.remove(self._link.socket)
+        self._link.close(0.0)
+        self._in_flight.clear()
+        self._ending = None
+        self._started_s, self._is_told_ready = now_s, False
+        self.num_restarts += 1
+        self._link = WorkerLink(self._context, f"{self._endpoint}-{self.num_restarts}", self._worker_module)
+        self._waiter.add(self._link.socket)
+        self._waiter.add(self._link.process.sentinel)
 
     def close(self, grace_s: float) -> None:
         """Stops the worker: in order, after `grace_s` seconds by force."""
-        self._process.stop(grace_s)
+        self._link.close(grace_s)
 
-    def _refuse(self, identity: bytes, reason: str) -> None:
-        """Tells the peer; the worker's output thread only sends, so its main thread is told instead."""
-        self._refusals.refuse(_INPUT if identity == _OUTPUT else identity, reason)
+    def _fault(self, now_s: float) -> str:
+        """Why the worker must be ended; "" if it need not be."""
+        if self._link.report is not None:
+            return _words(self._link.report)
+        if self._link.ready is None and now_s - self._started_s > self._start_bound_s:
+            return f"{WORKER_NAME} was not ready after {self._start_bound_s:.0f} s"
+        if self._in_flight and now_s - self._in_flight[0].submitted_s > self._step_bound_s:
+            return f"{WORKER_NAME} has not answered step {self._in_flight[0].step_id} for {self._step_bound_s:.0f} s"
+        return ""
 
-    def _greet(self, identity: bytes, hello: Hello, configure: ConfigureWorker) -> None:
-        if hello.role != "worker" or hello.protocol != PROTOCOL_VERSION:
-            self._refuse(
-                identity,
-                f"expected a worker that speaks protocol {PROTOCOL_VERSION}, got {hello.role!r}, {hello.protocol}",
-            )
-        elif identity != _INPUT:
-            self._refuse(identity, f"a worker's main connection has the identity {WORKER_NAME!r}")
-        else:
-            self._send(configure)
+    def _end(self, fault: str, now_s: float, grace_s: float = _GRACE_S) -> None:
+        if self._ending is None:
+            self._ending = _Ending(fault, now_s + grace_s)
+            self._follow_end(self._ending, now_s)
 
-    def _decode(self, identity: bytes, frame: bytes | None) -> WorkerToCore | None:
-        """The message, or None where it was refused or needs no more than a line in the log."""
-        if identity not in (_INPUT, _OUTPUT):
-            self._refuse(identity, f"only {WORKER_NAME} is served here")
+    def _follow_end(self, ending: _Ending, now_s: float) -> WorkerLost | None:
+        link = self._link
+        if ending.ended_s is None:
+            if now_s >= ending.kill_s:
+                link.process.kill()
             return None
-        if frame is None:
-            self._refuse(identity, "a message is one frame")
+        was_killed = (link.process.exit_code() or 0) < 0
+        patience_s = _LAST_RESULTS_S if was_killed or link.report is not None else _LAST_WORDS_S
+        if now_s - ending.ended_s < patience_s:
             return None
-        try:
-            message = self._decoder.decode(frame)
-        except ProtocolError as error:
-            self._refuse(identity, str(error))
-            return None
-        if isinstance(message, Failed):
-            raise WorkerFailedError(message)
-        if isinstance(message, BadFrame):
-            self._refusals.note(identity, f"says that a frame of ours is bad: {message.reason}")
-            return None
-        return message
+        cause = ending.fault if ending.fault and ending.ended_s >= ending.kill_s else link.process.exit_cause()
+        return WorkerLost(cause if link.report is None else _words(link.report), link.report, link.ready is not None)
 
-    def _send(self, message: CoreToWorker) -> None:
-        self.socket.send_multipart([_INPUT, encode(message)], zmq.NOBLOCK)
+    def _refuse_early_results(self) -> None:
+        assert not list(self.collect()), "nothing was submitted"
 
-    def _raise_last_words(self) -> None:
-        """Raises WorkerFailedError if the worker, which has ended, said why: the frame may be just behind its end."""
-        while self.socket.poll(_LAST_WORDS_BOUND_MS):
-            for identity, frame in receive_waiting(self.socket):
-                self._decode(identity, frame)
+    def _forget_sentinel(self) -> None:
+        """It stays readable: the waiter would never wait again."""
+        assert self._waiter is not None, "not started"
+        self._waiter.remove(self._link.process.sentinel)
 
-    def _death(self, otherwise: str) -> EngineDeadError:
-        """The worker's end in words; `otherwise` where its process goes on."""
-        if self._process.wait(_DEATH_CAUSE_BOUND_S):
-            self._raise_last_words()
-            return EngineDeadError(self._process.exit_cause())
-        return EngineDeadError(f"{WORKER_NAME} (pid {self._process.pid}) runs, but {otherwise}")
+
+def _words(report: Failed) -> str:
+    return f"{report.process}: {report.error_type}: {report.message}"

@@ -3,6 +3,7 @@
 from folovllm.common.log import get_logger
 from folovllm.common.messages.frontend_core import EngineSnapshot, EngineStats
 from folovllm.core_proc.block_pool import BlockPool
+from folovllm.core_proc.executor import Executor
 from folovllm.core_proc.frontends import Frontends
 from folovllm.core_proc.scheduler import Scheduler
 from folovllm.core_proc.snapshot import StepHistory, take_snapshot
@@ -24,12 +25,14 @@ class Observer:
         scheduler: Scheduler,
         pool: BlockPool,
         frontends: Frontends,
+        executor: Executor,
         log_interval_s: float = 0.0,
         sink: Sink | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._pool = pool
         self._frontends = frontends
+        self._executor = executor
         self.steps = StepHistory()
         self._state_log = StateLog(log_interval_s)
         self.recorder: Recorder = NoRecorder() if sink is None else TraceRecorder(scheduler, pool, sink)
@@ -65,4 +68,6 @@ class Observer:
             num_cache_hits_total=counters.num_cache_hits,
             num_cached_blocks=self._pool.num_cached,
             num_evicted_blocks_total=self._pool.num_evicted,
+            num_worker_restarts_total=self._executor.num_restarts,
+            is_recovering=not self._executor.is_ready,
         )

@@ -109,7 +109,8 @@ class Request:
         num_cached_tokens: prompt tokens taken over from shared blocks when it was first admitted.
         num_prompt_logprobs: prompt tokens whose log probabilities were reported; the first, which has none, counts.
         num_preemptions: how often it was preempted.
-        num_crashes: how often it was in flight when the worker ended, since it was last cleared (see `isolation`).
+        num_crashes: how often it was in flight at the same place when a worker ended (see `isolation`).
+        num_tokens_at_crash: its confirmed tokens then.
         stop_token_id: the token of the stop set that ended it, the last of its output; None if none did.
         error: text for FINISHED_ERROR.
         scheduled_at_s, first_token_at_s, finished_at_s: None until then.
@@ -141,6 +142,7 @@ class Request:
     num_prompt_logprobs: int = dataclasses.field(default=1, init=False)
     num_preemptions: int = dataclasses.field(default=0, init=False)
     num_crashes: int = dataclasses.field(default=0, init=False)
+    num_tokens_at_crash: int = dataclasses.field(default=0, init=False)
     stop_token_id: int | None = dataclasses.field(default=None, init=False)
     error: str = dataclasses.field(default="", init=False)
     scheduled_at_s: float | None = dataclasses.field(default=None, init=False)

@@ -19,7 +19,7 @@ import numpy as np
 
 from folovllm.common.errors import ProtocolError, RequestError
 from folovllm.common.messages.core_worker import ModelRunnerOutput, NewRequest, SchedulerOutput
-from folovllm.core_proc.isolation import Isolation
+from folovllm.core_proc.isolation import Isolation, note_crash
 from folovllm.core_proc.kv_cache_manager import BlockCopy, KVCacheManager
 from folovllm.core_proc.logprobs_route import RoutedLogprobs, check_logprobs, route_logprobs
 from folovllm.core_proc.request import Request, RequestStatus, Tokens
@@ -315,7 +315,7 @@ class Scheduler:
         slots = {int(slot) for step in self._in_flight for slot in step.slots[table.epoch[step.slots] == step.epochs]}
         in_flight = [table.request(slot) for slot in sorted(slots)]
         for request in in_flight:
-            request.num_crashes += 1
+            note_crash(request, int(table.num_confirmed[request.slot]))
         for request in table.running():
             self._preempt(request)
         self._in_flight.clear()

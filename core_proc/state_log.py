@@ -3,8 +3,9 @@
     Running: 8 reqs, Waiting: 3 reqs, KV cache usage: 41.2 %, Prefix cache hit rate: 63.0 %, Prompt: 812.4 tokens/s,
     Generation: 201.7 tokens/s, Preemptions: 0
 
-Throughput, hit rate and preemptions are those of the time since the line before, the rest is how it stands now. An
-engine that has become idle says so once, then nothing until it has work again.
+Throughput, hit rate and preemptions are those of the time since the line before, the rest is how it stands now. Behind
+it stand the worker's restarts since start, if there were any, and that there is no worker at the moment, if that is so.
+An engine that has become idle says so once, then nothing until it has work again.
 """
 
 import math
@@ -53,17 +54,20 @@ class StateLog:
         self._due_s = now_s + self._interval_s if is_working else -math.inf
         totals = _totals(stats)
         new, self._totals = totals.since(self._totals), totals
-        return ", ".join(
-            (
-                f"Running: {stats.num_running} reqs",
-                f"Waiting: {stats.num_waiting} reqs",
-                f"KV cache usage: {_percent(stats.num_blocks - stats.num_free_blocks, stats.num_blocks)}",
-                f"Prefix cache hit rate: {_percent(new.hits, new.queries)}",
-                f"Prompt: {new.prompt / seconds:.1f} tokens/s",
-                f"Generation: {new.output / seconds:.1f} tokens/s",
-                f"Preemptions: {new.preemptions}",
-            )
-        )
+        parts = [
+            f"Running: {stats.num_running} reqs",
+            f"Waiting: {stats.num_waiting} reqs",
+            f"KV cache usage: {_percent(stats.num_blocks - stats.num_free_blocks, stats.num_blocks)}",
+            f"Prefix cache hit rate: {_percent(new.hits, new.queries)}",
+            f"Prompt: {new.prompt / seconds:.1f} tokens/s",
+            f"Generation: {new.output / seconds:.1f} tokens/s",
+            f"Preemptions: {new.preemptions}",
+        ]
+        if stats.num_worker_restarts_total:
+            parts.append(f"Worker restarts: {stats.num_worker_restarts_total}")
+        if stats.is_recovering:
+            parts.append("waiting for the next worker")
+        return ", ".join(parts)
 
 
 def _totals(stats: EngineStats) -> _Totals:

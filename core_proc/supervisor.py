@@ -3,8 +3,8 @@
 * A worker that ends is replaced, at most `max_restarts` times in a row. A worker that has served for ten minutes begins
   a new row: one crash a day must not end an engine in the third week, and a start that takes minutes must not make a
   crash at every step look rare.
-* A request that was in flight at two ends is suspected, and runs alone (`isolation`); if it is in flight, alone, at a
-  third one, it fails, and nobody else. One end proves nothing: most have causes outside.
+* A request that was in flight at two ends, at the same place, is suspected, and runs alone (`isolation`); if it is in
+  flight, alone, at a third one, it fails, and nobody else. One end proves nothing: most have causes outside.
 * A worker that cannot start because an option or the model is wrong would not start the next time either.
 """
 
@@ -17,7 +17,7 @@ NUM_CRASHES_OF_A_SUSPECT: Final = 2
 
 
 class InFlight(Protocol):
-    """A request that was in flight when a worker ended; `num_crashes` counts that end."""
+    """A request that was in flight when a worker ended; `num_crashes` counts that end, and others at the same place."""
 
     @property
     def num_crashes(self) -> int: ...

@@ -23,6 +23,10 @@ class Waiter:
         """Adds a socket or a file descriptor to what is waited for."""
         self._poller.register(source, zmq.POLLIN)
 
+    def remove(self, source: "zmq.Socket[bytes] | int") -> None:
+        """It is waited for no longer."""
+        self._poller.unregister(source)
+
     def wait(self, timeout_ms: int | None) -> list[Any]:
         """The sources with something to read; empty after `timeout_ms`, None waits without bound."""
         ready = [source for source, _ in self._poller.poll(timeout_ms)]

@@ -43,6 +43,7 @@ class EngineOptions(TypedDict, total=False):
     pipeline_depth: int
     max_num_queued_reqs: int
     max_num_queued_tokens: int | None
+    max_worker_restarts: int
     attention_backend: AttentionBackendName
     logits_processors: Sequence[str]
     cpu_threads: int | None

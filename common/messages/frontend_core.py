@@ -244,6 +244,8 @@ class EngineStats(msgspec.Struct, array_like=True, gc=False, frozen=True, tag="s
         num_cache_hits_total: of these, tokens that were found.
         num_cached_blocks: blocks whose contents can be found, in use or free.
         num_evicted_blocks_total: cached blocks that were given to somebody else since start.
+        num_worker_restarts_total: workers that were started in place of one that had ended.
+        is_recovering: there is no worker at the moment: the next one is being started.
     """
 
     ticket: int
@@ -263,6 +265,8 @@ class EngineStats(msgspec.Struct, array_like=True, gc=False, frozen=True, tag="s
     num_cache_hits_total: int = 0
     num_cached_blocks: int = 0
     num_evicted_blocks_total: int = 0
+    num_worker_restarts_total: int = 0
+    is_recovering: bool = False
 
 
 class RequestSnapshot(msgspec.Struct, array_like=True, gc=False, frozen=True):

@@ -87,6 +87,11 @@ ENGINE_OPTIONS: tuple[_Spec, ...] = (
     ("pipeline_depth", click.IntRange(1, 2), "Steps in flight [2]."),
     ("max_num_queued_reqs", int, "Bound on waiting requests [100000]."),
     ("max_num_queued_tokens", int, "Bound on the prompt tokens of waiting requests [none]."),
+    (
+        "max_worker_restarts",
+        int,
+        "Workers that end in a row and are replaced; 0: the engine ends with its worker [10].",
+    ),
     ("attention_backend", click.Choice(["auto", "torch_naive", "paged"]), "Attention implementation [auto]."),
     ("logits_processors", str, "A 'module:function' that requests may name; may be given several times."),
     ("cpu_threads", int, "Threads of a worker on the CPU [physical cores]."),

@@ -52,6 +52,8 @@ class Script(msgspec.Struct, frozen=True):
         stop_before: "": it becomes ready; "hello", "ready": it goes silent before this message.
         fail: text of a Failed that it sends instead of becoming ready.
         control: endpoint of a test that steps are passed on to and that answers for it; "" answers at once.
+        die_at: each worker's step, counted from 0, at which it ends with exit code 9 instead of an answer; -1: none.
+        poison: whoever has this token is the end of every worker that computes it; -1: none is.
         check: False: constant tokens without any book-keeping, as fast as Python can.
     """
 
@@ -59,6 +61,8 @@ class Script(msgspec.Struct, frozen=True):
     stop_before: str = ""
     fail: str = ""
     control: str = ""
+    die_at: int = -1
+    poison: int = -1
     check: bool = True
 
 
@@ -214,9 +218,14 @@ class FakeWorker:
         if script.control:
             return self._relay(script.control)
         model = FakeModel(configure.config.block_size) if script.check else FastModel()
+        num_steps = 0
         while (message := self._next_message()) is not None:
             if isinstance(message, SchedulerOutput):
+                if num_steps == script.die_at or _is_poisoned(message, script.poison):
+                    self._context.destroy(1000)  # what was answered arrives
+                    os._exit(9)
                 self._out.send(encode(model.execute(message)))
+                num_steps += 1
         return 0
 
     def _dial(self, endpoint: str, identity: bytes) -> "zmq.Socket[bytes]":
@@ -237,7 +246,7 @@ class FakeWorker:
 
     def _relay(self, control: str) -> int:
         """Passes the core's frames on to a test; what it sends, (whose, frame), goes to the core as it is."""
-        test = self._context.socket(zmq.PAIR)
+        test = self._context.socket(zmq.DEALER)
         test.linger = 0
         test.connect(control)
         self._poller.register(test, zmq.POLLIN)
@@ -258,7 +267,7 @@ class WorkerControl:
 
     def __init__(self, folder: pathlib.Path) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket = self._context.socket(zmq.PAIR)
+        self._socket = self._context.socket(zmq.DEALER)  # no PAIR: that stays with its first peer, who may end
         self.endpoint = f"ipc://{folder}/control"
         self._socket.bind(self.endpoint)
         self._decoder: Decoder[CoreToWorker] = Decoder(CoreToWorker)
@@ -292,6 +301,10 @@ class WorkerControl:
     def send_raw(self, whose: bytes, *frames: bytes) -> None:
         """Sends frames as the worker's `main` or `out` connection; `exit` ends its process with a code."""
         self._socket.send_multipart([whose, *frames])
+
+
+def _is_poisoned(step: SchedulerOutput, poison: int) -> bool:
+    return any(poison in ints(new.token_ids) for new in step.new_requests)
 
 
 def _ready(num_blocks: int) -> WorkerReady:

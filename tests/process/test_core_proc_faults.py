@@ -194,22 +194,22 @@ def test_abort_between_a_step_and_its_answer(tmp_path: pathlib.Path) -> None:
         assert frontend.output(1) == expected_output([3, 4], 2, GREEDY)
 
 
-def test_a_worker_that_reports_its_end_ends_the_engine_with_its_words(tmp_path: pathlib.Path) -> None:
-    with controlled(tmp_path) as (parent, frontend, worker):
+def test_a_worker_that_reports_its_end_ends_an_engine_without_restarts_with_its_words(tmp_path: pathlib.Path) -> None:
+    with controlled(tmp_path, max_worker_restarts=0) as (parent, frontend, worker):
         frontend.add(make_request(1, [1], 50))
         worker.next_step()
         worker.send_raw(b"out", encode(Failed("worker-0", "RuntimeError", "the device is lost", "Traceback: ...")))
         while not frontend.failures:
             frontend.receive()
         assert "the device is lost" in frontend.failures[0]
-        assert parent.failure().message == "the device is lost"
+        assert parent.failure().message == "the device is lost (max_worker_restarts=0: it is not replaced)"
         assert parent.core.wait(5.0)
         assert parent.core.exit_code() == 1
 
 
 @pytest.mark.parametrize("busy", [False, True])
-def test_a_killed_worker_ends_the_engine_with_the_cause(tmp_path: pathlib.Path, busy: bool) -> None:
-    with controlled(tmp_path) as (parent, frontend, worker):
+def test_a_killed_worker_ends_an_engine_without_restarts_with_the_cause(tmp_path: pathlib.Path, busy: bool) -> None:
+    with controlled(tmp_path, max_worker_restarts=0) as (parent, frontend, worker):
         if busy:
             frontend.add(make_request(1, [1], 50))
             worker.next_step()
@@ -225,7 +225,7 @@ def test_a_killed_worker_ends_the_engine_with_the_cause(tmp_path: pathlib.Path, 
 
 
 def test_a_worker_that_ends_tells_its_exit_code(tmp_path: pathlib.Path) -> None:
-    with controlled(tmp_path) as (parent, _, worker):
+    with controlled(tmp_path, max_worker_restarts=0) as (parent, _, worker):
         worker.send_raw(b"exit", b"7")
         assert "ended with exit code 7" in parent.failure().message
 

@@ -63,6 +63,14 @@ def test_every_signal_that_kills_has_a_name(tmp_path: pathlib.Path, number: int,
         assert child.exit_cause() == f"the child (pid {child.pid}) was killed by {name}"
 
 
+def test_a_child_can_be_killed_without_waiting_and_twice(tmp_path: pathlib.Path) -> None:
+    with running_child(tmp_path, "plain") as child:
+        child.kill()
+        assert child.wait(BOUND_S)
+        child.kill()
+        assert child.exit_code() == -signal.SIGKILL
+
+
 def test_an_exit_code_is_told(tmp_path: pathlib.Path) -> None:
     child = ChildProcess(MODULE, ["exit-7", str(tmp_path / "pid")], "the child")
     assert child.wait(BOUND_S)

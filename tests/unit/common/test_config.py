@@ -44,6 +44,7 @@ from folovllm.common.errors import ConfigError
         ("target_itl_ms", [0.0, float("nan")]),
         ("enable_prefix_caching", [0, "yes"]),
         ("log_interval_s", [-1.0]),
+        ("max_worker_restarts", [-1, 1.0, None]),
         ("seed", [2**63, 0.5]),
         ("log_level", ["loud"]),
     ],

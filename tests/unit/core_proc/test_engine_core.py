@@ -3,10 +3,12 @@
 import logging
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
+from folovllm.common.errors import EngineDeadError
 from folovllm.common.log import ROOT_NAME
-from folovllm.common.messages.core_worker import ModelRunnerOutput, SchedulerOutput
+from folovllm.common.messages.core_worker import ModelRunnerOutput, SamplingRow, SchedulerOutput
 from folovllm.common.messages.frontend_core import (
     AddRequests,
     EngineCoreOutputs,
@@ -15,20 +17,23 @@ from folovllm.common.messages.frontend_core import (
     ResetPrefixCache,
     Welcome,
 )
-from folovllm.common.messages.lifecycle import PROTOCOL_VERSION, Hello
+from folovllm.common.messages.lifecycle import PROTOCOL_VERSION, Hello, WorkerReady
 from folovllm.common.transport import encode
 from folovllm.core_proc import engine_core
 from folovllm.core_proc.admission import Admission
 from folovllm.core_proc.block_pool import BlockPool
 from folovllm.core_proc.engine_core import EngineCore
+from folovllm.core_proc.executor import WorkerLost
 from folovllm.core_proc.frontends import Frontends
 from folovllm.core_proc.kv_cache_manager import KVCacheManager
 from folovllm.core_proc.observer import Observer
+from folovllm.core_proc.recovery import Recovery
 from folovllm.core_proc.request_queue import RequestQueue
 from folovllm.core_proc.scheduler import Scheduler
+from folovllm.core_proc.supervisor import Supervisor
 from tests.fakes.fake_frontend import make_request
 from tests.fakes.fake_router import FakeRouter
-from tests.fakes.fake_worker import FakeModel
+from tests.fakes.fake_worker import FakeModel, expected_output, ints
 
 BLOCK_SIZE = 4
 
@@ -50,6 +55,9 @@ class FakeExecutor:
 
     def __init__(self, events: list[str]) -> None:
         self.socket = object()
+        self.is_ready = True
+        self.num_restarts = 0
+        self.happens: WorkerReady | WorkerLost | None = None
         self.steps: list[SchedulerOutput] = []
         self._model = FakeModel(BLOCK_SIZE)
         self._events = events
@@ -58,6 +66,16 @@ class FakeExecutor:
     def num_in_flight(self) -> int:
         return len(self.steps)
 
+    @property
+    def tick_ms(self) -> int | None:
+        return 1000 if self.steps else None
+
+    def restart(self, _now_s: float) -> None:
+        self._events.append("restart")
+        self.steps.clear()
+        self._model = FakeModel(BLOCK_SIZE)
+        self.is_ready = False
+
     def submit(self, step: SchedulerOutput, _now_s: float) -> None:
         self._events.append("submit")
         self.steps.append(step)
@@ -65,8 +83,10 @@ class FakeExecutor:
     def collect(self) -> Iterator[ModelRunnerOutput]:
         yield self._model.execute(self.steps.pop(0))
 
-    def check(self, _sources: list[object], _now_s: float) -> None:
+    def check(self, _sources: list[object], _now_s: float) -> WorkerReady | WorkerLost | None:
         assert len(self.steps) <= 2
+        happens, self.happens = self.happens, None
+        return happens
 
 
 class LoggingRouter(FakeRouter):
@@ -107,16 +127,27 @@ class Turns:
         )
         welcome = Welcome("m", 128, 1000, BLOCK_SIZE, 63, 4, "fake", "float32", "0")
         frontends = Frontends(self.router, welcome)  # type: ignore[arg-type]
+        observer = Observer(
+            scheduler=self.scheduler,
+            pool=self.pool,
+            frontends=frontends,
+            executor=self.executor,  # type: ignore[arg-type]
+            log_interval_s=log_interval_s,
+        )
+        recovery = Recovery(
+            executor=self.executor,  # type: ignore[arg-type]
+            scheduler=self.scheduler,
+            supervisor=Supervisor(3, 0.0),
+            recorder=observer.recorder,
+        )
         self.engine = EngineCore(
             waiter=self.waiter,  # type: ignore[arg-type]
             parent=FakeParentLink(),  # type: ignore[arg-type]
             frontends=frontends,
             admission=admission,
             scheduler=self.scheduler,
-            executor=self.executor,  # type: ignore[arg-type]
-            observer=Observer(
-                scheduler=self.scheduler, pool=self.pool, frontends=frontends, log_interval_s=log_interval_s
-            ),
+            recovery=recovery,
+            observer=observer,
             pipeline_depth=depth,
         )
 
@@ -155,6 +186,58 @@ def test_a_new_request_joins_while_steps_are_in_flight() -> None:
     assert turns.turn(turns.router) == []  # two are in flight
     assert turns.turn(turns.executor.socket) == ["submit", "EngineCoreOutputs"]
     assert turns.executor.steps[-1].new_requests
+
+
+def test_a_worker_that_ends_is_replaced_and_the_answers_go_on() -> None:
+    turns = Turns(2)
+    turns.connect()
+    turns.add(1, 5)
+    turns.turn(turns.router)
+    turns.turn(turns.executor.socket)
+    turns.executor.happens = WorkerLost("worker-0 was killed by SIGKILL", None, was_ready=True)
+    assert turns.turn() == ["restart"]
+    assert (turns.scheduler.num_running, turns.scheduler.num_waiting) == (0, 1)
+    turns.add(2, 3)
+    assert turns.turn(turns.router) == []  # queued as usual
+    turns.executor.is_ready = True
+    assert turns.turn() == ["submit", "submit"]
+    while turns.scheduler.has_unfinished:
+        turns.turn(turns.executor.socket)
+    streamed = {1: b"", 2: b""}
+    for _, message in turns.router.sent:
+        if isinstance(message, EngineCoreOutputs):
+            numbers = np.frombuffer(message.numbers, "<i4").tolist()
+            for number, token_id in zip(numbers, np.frombuffer(message.token_ids, "<i4"), strict=True):
+                streamed[number] += token_id.tobytes()
+    for number, num_tokens in ((1, 5), (2, 3)):
+        assert ints(streamed[number]) == expected_output([1, 2, 3], num_tokens, SamplingRow())
+
+
+def test_a_request_that_ends_workers_fails_alone() -> None:
+    turns = Turns(1)
+    turns.connect()
+    turns.add(1, 5)
+    turns.turn(turns.router)
+    for crash in range(3):
+        turns.executor.happens = WorkerLost("gone", None, was_ready=True)
+        sent = turns.turn()
+        assert sent == (["restart", "EngineCoreOutputs"] if crash == 2 else ["restart"])
+        turns.executor.is_ready = True
+        turns.turn()
+    last = turns.router.sent[-1][1]
+    assert isinstance(last, EngineCoreOutputs)
+    assert last.finished[0].error == "it was in flight at 3 ends of the worker, alone at the last one (gone)"
+    assert not turns.scheduler.has_unfinished
+
+
+def test_too_many_ends_are_the_engines() -> None:
+    turns = Turns(1)
+    for _ in range(3):
+        turns.executor.happens = WorkerLost("gone", None, was_ready=True)
+        turns.turn()
+    turns.executor.happens = WorkerLost("gone", None, was_ready=False)
+    with pytest.raises(EngineDeadError, match=r"gone \(4 workers in a row have ended, and max_worker_restarts=3\)"):
+        turns.turn()
 
 
 def test_the_process_sleeps_without_a_bound_only_where_nothing_can_become_due() -> None:

@@ -4,14 +4,29 @@ import numpy as np
 
 from folovllm.common.config import MAX_PIPELINE_DEPTH
 from folovllm.common.messages.core_worker import SamplingRow
-from folovllm.core_proc.isolation import Isolation
+from folovllm.core_proc.isolation import Isolation, note_crash
 from folovllm.core_proc.request import Request, RequestStatus
 
 
 def request_of(number: int, num_tokens: int = 3) -> Request:
+    """One that was in flight at two ends, with these tokens."""
     request = Request(0, number, "", np.ones(num_tokens, np.int32), SamplingRow(), 10)
-    request.num_crashes = 2
+    for _ in range(2):
+        note_crash(request, num_tokens)
     return request
+
+
+def test_crashes_at_one_place_add_up() -> None:
+    request = request_of(0, num_tokens=3)
+    assert request.num_crashes == 2
+    note_crash(request, 3 + MAX_PIPELINE_DEPTH - 1)  # perhaps the same token
+    assert request.num_crashes == 3
+
+
+def test_a_crash_further_on_is_the_first_again() -> None:
+    request = request_of(0, num_tokens=3)
+    note_crash(request, 3 + MAX_PIPELINE_DEPTH)
+    assert (request.num_crashes, request.num_tokens_at_crash) == (1, 3 + MAX_PIPELINE_DEPTH)
 
 
 def test_nobody_is_suspected_at_first() -> None:
@@ -37,14 +52,6 @@ def test_a_suspect_is_cleared_by_more_tokens_than_were_in_flight() -> None:
     assert isolation.clear(3 + MAX_PIPELINE_DEPTH) is request
     assert request.num_crashes == 0
     assert isolation.first() is None
-
-
-def test_the_place_is_that_of_the_first_suspicion() -> None:
-    isolation, request = Isolation(), request_of(0, num_tokens=3)
-    isolation.add([request])
-    request.output_token_ids = np.ones(5, np.int32)
-    isolation.add([request])
-    assert isolation.clear(3 + MAX_PIPELINE_DEPTH) is request
 
 
 def test_who_has_ended_is_passed_over() -> None:

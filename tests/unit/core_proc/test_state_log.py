@@ -39,6 +39,15 @@ def test_an_engine_that_has_become_idle_says_so_once() -> None:
     assert log.is_due(70.0, True)
 
 
+def test_restarts_and_a_missing_worker_are_told_where_there_are_any() -> None:
+    log = StateLog(10.0)
+    log.is_due(0.0, True)
+    assert log.line(10.0, working()).endswith("Preemptions: 0")
+    recovering = working(num_worker_restarts_total=2, is_recovering=True)
+    assert log.line(20.0, recovering).endswith("Preemptions: 0, Worker restarts: 2, waiting for the next worker")
+    assert log.line(30.0, working(num_worker_restarts_total=2)).endswith(", Worker restarts: 2")
+
+
 def test_an_interval_of_zero_is_never() -> None:
     log = StateLog(0.0)
     assert not any(log.is_due(float(second), True) for second in range(100))

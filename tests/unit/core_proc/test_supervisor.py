@@ -72,9 +72,8 @@ def test_a_suspect_that_was_cleared_counts_anew() -> None:
 
 def test_many_in_flight_at_a_third_crash_are_suspected_again_and_none_fails() -> None:
     engine, requests = Engine(9), [Crashed("a"), Crashed("b")]
-    for _ in range(3):
-        decision = engine.crash(*requests)
-    assert decision == Decision(suspects=requests)
+    decisions = [engine.crash(*requests) for _ in range(3)]
+    assert decisions[2] == Decision(suspects=requests)
 
 
 @pytest.mark.parametrize("max_restarts", [0, 1, 3])
