@@ -100,24 +100,24 @@ def type_name(kind: Any) -> str:
     return "None" if kind is types.NoneType else str(kind.__name__)
 
 
-def _structs_in(kind: Any) -> list[StructClass]:
+def structs_in(kind: Any) -> list[StructClass]:
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
         return [kind]
-    return [struct for arg in get_args(kind) for struct in _structs_in(arg)]
+    return [struct for arg in get_args(kind) for struct in structs_in(arg)]
 
 
-def _text(text: str) -> str:
+def prose(text: str) -> str:
     """Prose for Markdown: outside of code spans nothing is taken for HTML or bold."""
     parts = _CODE.split(text)
     return "".join(part if part.startswith("`") else part.replace("<", "&lt;").replace("**", r"\*\*") for part in parts)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *([cell.replace("|", r"\|") for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _page(title: str, source: str, *parts: str) -> str:
+def page(title: str, source: str, *parts: str) -> str:
     made = f"*Made from {source} by `python -m docs.generate`; change it there.*"
     return "\n\n".join([f"# {title}", made, *parts]) + "\n"
 
@@ -147,10 +147,8 @@ def messages_page() -> str:
         "Where the message says so, fields at the end that have their default may be left out. Structs without a tag "
         "are parts of others."
     )
-    heads = [f"**`{module.__name__}`** {_text(' '.join(_doc(module).paragraphs))}" for module in _MODULES]
-    return _page(
-        "Messages", "`common/messages/`", intro, _table(["direction", "messages"], overview), *heads, *sections
-    )
+    heads = [f"**`{module.__name__}`** {prose(' '.join(_doc(module).paragraphs))}" for module in _MODULES]
+    return page("Messages", "`common/messages/`", intro, table(["direction", "messages"], overview), *heads, *sections)
 
 
 def _check_all_described(sent: set[StructClass]) -> None:
@@ -168,7 +166,7 @@ def _described(structs: Sequence[StructClass], described: set[StructClass]) -> I
         if struct not in described and struct is not config.EngineConfig:
             described.add(struct)
             yield from _described_one(struct)
-            parts = [part for field in msgspec.structs.fields(struct) for part in _structs_in(field.type)]
+            parts = [part for field in msgspec.structs.fields(struct) for part in structs_in(field.type)]
             yield from _described(parts, described)
 
 
@@ -178,9 +176,9 @@ def _described_one(struct: StructClass) -> Iterator[str]:
     facts = f"tag `{tag}`" if tag else "part of a message"
     if struct.__struct_config__.omit_defaults:
         facts += ", defaults may be left out"
-    yield f"*{facts}.* " + "\n\n".join(_text(paragraph) for paragraph in doc.paragraphs)
+    yield f"*{facts}.* " + "\n\n".join(prose(paragraph) for paragraph in doc.paragraphs)
     if rows := field_rows(struct):
-        yield _table(["field", "type", "default", "meaning"], rows)
+        yield table(["field", "type", "default", "meaning"], rows)
 
 
 def _link(struct: StructClass) -> str:
@@ -206,12 +204,12 @@ def field_rows(struct: StructClass, undocumented: str = "") -> list[list[str]]:
         meaning = meanings.get(field.name, undocumented)
         if not meaning:
             raise ValueError(f"{struct.__name__}.{field.name} is not documented")
-        rows.append([f"`{field.name}`", _type_cell(field.type), _default_cell(field), _text(meaning)])
+        rows.append([f"`{field.name}`", _type_cell(field.type), _default_cell(field), prose(meaning)])
     return rows
 
 
 def _type_cell(kind: Any) -> str:
-    structs = _structs_in(kind)
+    structs = structs_in(kind)
     if not structs:
         return f"`{type_name(kind)}`"
     return ("list of " if get_origin(kind) is list else "") + ", ".join(_link(struct) for struct in structs)
@@ -232,17 +230,17 @@ def options_page() -> str:
     parts.append("`LLM`, `AsyncLLM` and the [command line](cli.md) take them as they are named here, but for `model`.")
     parts += ["## SamplingParams", *_options_of(SamplingParams)]
     parts += ["## StructuredOutputsParams", *_options_of(StructuredOutputsParams)]
-    parts += ["## Environment variables", _table(["variable", "what reads it"], environment_rows())]
+    parts += ["## Environment variables", table(["variable", "what reads it"], environment_rows())]
     sources = "`common/config.py`, `common/sampling_params.py` and `common/structured_outputs.py`"
-    return _page("Options", sources, *parts)
+    return page("Options", sources, *parts)
 
 
 def _options_of(struct: StructClass) -> Iterator[str]:
     doc = _doc(struct)
-    yield "\n\n".join(_text(paragraph) for paragraph in doc.paragraphs)
-    yield _table(["option", "type", "default", "meaning"], field_rows(struct))
+    yield "\n\n".join(prose(paragraph) for paragraph in doc.paragraphs)
+    yield table(["option", "type", "default", "meaning"], field_rows(struct))
     if doc.raises:
-        yield "\n".join(f"* raises `{name}`: {_text(text)}" for name, text in doc.raises.items())
+        yield "\n".join(f"* raises `{name}`: {prose(text)}" for name, text in doc.raises.items())
 
 
 def environment_rows() -> list[list[str]]:
@@ -253,7 +251,7 @@ def environment_rows() -> list[list[str]]:
             if isinstance(node, ast.Constant) and re.fullmatch(r"FOLOVLLM_\w+", str(node.value)):
                 assert isinstance(function, ast.FunctionDef), "the loop goes over functions only"
                 doc = parse_docstring(ast.get_docstring(function) or "")
-                rows[f"`{node.value!s}`"] = _text(" ".join(doc.paragraphs))
+                rows[f"`{node.value!s}`"] = prose(" ".join(doc.paragraphs))
     return [list(row) for row in rows.items()]
 
 
@@ -262,13 +260,13 @@ def environment_rows() -> list[list[str]]:
 
 def cli_page() -> str:
     named = list(commands(cli_main.cli))
-    overview = _table(
+    overview = table(
         ["command", "what it does"],
-        [[_command_link(name), _text(command.get_short_help_str(200))] for name, command in named],
+        [[_command_link(name), prose(command.get_short_help_str(200))] for name, command in named],
     )
     codes = [text for text in _doc(cli_main).paragraphs if text.startswith("Exit codes")]
     parts = [part for name, command in named for part in _command(name, command)]
-    return _page("Command line", "`frontend/cli/`", _help(cli_main.cli), overview, *codes, *parts)
+    return page("Command line", "`frontend/cli/`", _help(cli_main.cli), overview, *codes, *parts)
 
 
 def commands(group: click.Group, prefix: str = "") -> Iterator[tuple[str, click.Command]]:
@@ -288,7 +286,7 @@ def _command_link(name: str) -> str:
 def _help(command: click.Command) -> str:
     if not command.help:
         raise ValueError(f"command {command.name} has no help")
-    return "\n\n".join(_text(paragraph) for paragraph in parse_docstring(command.help).paragraphs)
+    return "\n\n".join(prose(paragraph) for paragraph in parse_docstring(command.help).paragraphs)
 
 
 def _command(name: str, command: click.Command) -> Iterator[str]:
@@ -303,7 +301,7 @@ def _command(name: str, command: click.Command) -> Iterator[str]:
             groups.setdefault(group, []).append(option_row(parameter))
     for group, rows in groups.items():
         yield f"**{group}**"
-        yield _table(["option", "value", "default", "meaning"], rows)
+        yield table(["option", "value", "default", "meaning"], rows)
     if isinstance(command, GroupedCommand) and command.examples:
         yield "```sh\n" + "\n".join(command.examples) + "\n```"
 
@@ -315,7 +313,7 @@ def option_row(option: click.Option) -> list[str]:
     found = _DEFAULT.match(option.help)
     meaning, default = (f"{found[1]}.", found[2]) if found else (option.help, "")
     names = ", ".join(f"`{name}`" for name in option.opts)
-    return [names, _value(option), "required" if option.required else _text(default), _text(meaning)]
+    return [names, _value(option), "required" if option.required else prose(default), prose(meaning)]
 
 
 def _value(option: click.Option) -> str:
@@ -335,8 +333,8 @@ def _value(option: click.Option) -> str:
 def errors_page() -> str:
     tree = inspect.cleandoc(errors.__doc__ or "").split("\n\n", 1)[1]
     classes = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)]
-    parts = [f"`{error.__name__}`: {_text(' '.join(_doc(error).paragraphs))}" for error in classes]
-    return _page("Errors", "`common/errors.py`", f"```\n{tree}\n```", "\n".join(f"* {part}" for part in parts))
+    parts = [f"`{error.__name__}`: {prose(' '.join(_doc(error).paragraphs))}" for error in classes]
+    return page("Errors", "`common/errors.py`", f"```\n{tree}\n```", "\n".join(f"* {part}" for part in parts))
 
 
 # The server
@@ -345,24 +343,24 @@ def errors_page() -> str:
 def metrics_page() -> str:
     parts: list[str] = []
     for title, specs in (("Of requests", metrics.REQUEST_METRICS), ("Of the engine", metrics.ENGINE_METRICS)):
-        parts += [f"## {title}", _table(["name", "kind", "labels", "meaning"], [_metric_row(spec) for spec in specs])]
+        parts += [f"## {title}", table(["name", "kind", "labels", "meaning"], [_metric_row(spec) for spec in specs])]
     intro = (
         "What `GET /metrics` of `folovllm serve` shows. Every metric has the label `model_name`. Metrics of requests "
         "are those that this server answered, all its processes together; those of the engine are asked from it at "
         "each scrape, and left out where it does not answer in time."
     )
-    return _page("Metrics", "`frontend/server/metrics.py`", intro, *parts)
+    return page("Metrics", "`frontend/server/metrics.py`", intro, *parts)
 
 
 def _metric_row(spec: metrics.MetricSpec) -> list[str]:
     name = metrics.PREFIX + spec.name + ("_total" if spec.kind == "counter" else "")
-    return [f"`{name}`", spec.kind, ", ".join(f"`{label}`" for label in spec.labels), _text(spec.help)]
+    return [f"`{name}`", spec.kind, ", ".join(f"`{label}`" for label in spec.labels), prose(spec.help)]
 
 
 def server_page() -> str:
     intro = "What `folovllm serve` can be told. The [command line](cli.md#folovllm-serve) has an option for each."
-    api = "Paths, bodies and answers of the HTTP API: a running server shows them at `/docs`, and as `/openapi.json`."
-    return _page("Server", "`frontend/server/options.py`", intro, *_options_of(ServerOptions), api)
+    api = "Paths, bodies and answers are on the page [HTTP API](http_api.md)."
+    return page("Server", "`frontend/server/options.py`", intro, *_options_of(ServerOptions), api)
 
 
 # The program
@@ -370,9 +368,12 @@ def server_page() -> str:
 
 def pages() -> dict[str, str]:
     """Name → text of every page."""
+    from docs.http_api import http_api_page  # which is made with the functions above
+
     return {
         "cli.md": cli_page(),
         "errors.md": errors_page(),
+        "http_api.md": http_api_page(),
         "messages.md": messages_page(),
         "metrics.md": metrics_page(),
         "options.md": options_page(),

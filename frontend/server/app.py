@@ -36,7 +36,7 @@ from folovllm.frontend.server.options import ServerOptions
 logger = get_logger(__name__)
 
 _CLIENT_LEFT = 499  # nginx's number; nobody reads it but the log line and the metrics
-_ENDPOINT_MODULES = (operations, models, chat, completions, messages, responses, inspector)
+ENDPOINT_MODULES = (operations, models, chat, completions, messages, responses, inspector)
 
 
 def build_app(llm: AsyncLLM, options: ServerOptions, *, more_routes: Sequence[BaseRoute] = ()) -> Starlette:
@@ -51,7 +51,7 @@ def build_app(llm: AsyncLLM, options: ServerOptions, *, more_routes: Sequence[Ba
         ConfigError: an option names a parser that does not exist.
     """
     context = ServerContext(llm, options)
-    endpoints = [endpoint for module in _ENDPOINT_MODULES for endpoint in module.endpoints(context)]
+    endpoints = [endpoint for module in ENDPOINT_MODULES for endpoint in module.endpoints(context)]
     endpoints += [*documentation(endpoints, context), *page.endpoints()]
     app = Starlette(
         routes=[*map(_route, endpoints), *more_routes],

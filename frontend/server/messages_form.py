@@ -54,6 +54,8 @@ def to_counted_request(body: CountTokensRequest, chat_template: str, fields: Fie
 
 def _with_conversation(body: CountTokensRequest, chat_template: str, fields: FieldCheck, **more: Any) -> ChatRequest:
     choice = body.tool_choice
+    if body.thinking is not None and body.thinking.display not in (None, "summarized"):
+        raise RequestError("thoughts are always shown: thinking.display must be null or summarized", "thinking.display")
     return ChatRequest(
         model=body.model,
         messages=_messages(body, fields),

@@ -82,14 +82,21 @@ def _answer(endpoint: Endpoint) -> dict[str, Any]:
     }
 
 
-def _errors(endpoint: Endpoint, path: str, asks_for_key: bool) -> dict[str, Any]:
-    usual = MessagesErrorAnswer if path.startswith(ANTHROPIC_PREFIX) else ErrorAnswer
+def errors_of(endpoint: Endpoint, path: str) -> dict[int, tuple[str, type[msgspec.Struct]]]:
+    """Status → what it means and what the answer holds; the missing key, which any path may have, is left out."""
+    usual = _usual_error(path)
     found: dict[int, tuple[str, type[msgspec.Struct]]] = {}
     if endpoint.body is not None:
         found = {status: (text, usual) for status, text in _ERRORS_OF_BODIES.items()}
-    found |= {status: (_ERRORS_OF_BODIES[status], kind) for status, kind in endpoint.errors}
-    if asks_for_key:
-        found[401] = (_NO_KEY, usual)
+    return found | {status: (_ERRORS_OF_BODIES[status], kind) for status, kind in endpoint.errors}
+
+
+def _usual_error(path: str) -> type[msgspec.Struct]:
+    return MessagesErrorAnswer if path.startswith(ANTHROPIC_PREFIX) else ErrorAnswer
+
+
+def _errors(endpoint: Endpoint, path: str, asks_for_key: bool) -> dict[str, Any]:
+    found = errors_of(endpoint, path) | ({401: (_NO_KEY, _usual_error(path))} if asks_for_key else {})
     return {
         str(status): {"description": text, "content": {_JSON: {"schema": _reference(kind)}}}
         for status, (text, kind) in sorted(found.items())

@@ -50,7 +50,7 @@ class ChatRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True):
         include_reasoning: false leaves the reasoning out of the answer.
         thinking_budget: most tokens of reasoning; then it is closed, and the answer goes on.
         add_generation_prompt, continue_final_message, chat_template_kwargs: how the conversation becomes a prompt.
-        echo: not supported.
+        modalities: only null or ["text"].
     """
 
     messages: list[ChatMessage]

@@ -36,7 +36,13 @@ class MessagesTool(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class MessagesToolChoice(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Which tools must be used: "any" at least one, "tool" the one called `name`."""
+    """Which tools must be used.
+
+    Attributes:
+        type: "any" at least one, "tool" the one called `name`.
+        name: one of the offered tools'.
+        disable_parallel_tool_use: true: at most one call.
+    """
 
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
@@ -44,7 +50,13 @@ class MessagesToolChoice(msgspec.Struct, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Thinking(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Whether the model thinks first, where its chat template lets one choose; `budget_tokens` bounds it."""
+    """Whether the model thinks first, where its chat template lets one choose.
+
+    Attributes:
+        type: "adaptive" leaves it to the model.
+        budget_tokens: most tokens of thoughts.
+        display: only null or "summarized"; thoughts are shown as they are.
+    """
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: int | None = None

@@ -35,7 +35,19 @@ class ModelList(msgspec.Struct, kw_only=True):
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """A text or a conversation whose tokens are wanted; exactly one of `prompt` and `messages`."""
+    """A text or a conversation whose tokens are wanted; exactly one of `prompt` and `messages`.
+
+    Attributes:
+        model: one of the names that `/v1/models` lists; null is the one that is served.
+        prompt: the text.
+        messages: the conversation.
+        tools: as for chats; only with `messages`.
+        add_special_tokens: whether the tokenizer adds its own; by default to a text, and not to a conversation.
+        add_generation_prompt: whether the answer's beginning follows the conversation; true by default.
+        continue_final_message: the last message is left open instead.
+        chat_template_kwargs: variables of the chat template.
+        return_token_strs: also give the tokens as the vocabulary spells them.
+    """
 
     model: str | None = None
     prompt: str | None = None
@@ -58,7 +70,12 @@ class TokenizeAnswer(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 class DetokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Token ids whose text is wanted, special tokens included."""
+    """Token ids whose text is wanted, special tokens included.
+
+    Attributes:
+        tokens: the ids.
+        model: one of the names that `/v1/models` lists; null is the one that is served.
+    """
 
     tokens: list[int]
     model: str | None = None

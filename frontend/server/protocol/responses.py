@@ -9,7 +9,15 @@ from folovllm.frontend.server.protocol.sampling import StreamOptions
 
 
 class ResponsesTool(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """A function that the model may call; the other types of tools run at OpenAI's."""
+    """A function that the model may call; the other types of tools run at OpenAI's.
+
+    Attributes:
+        type: there is one type.
+        name: what it is called by.
+        description: what it does, for the model.
+        parameters: a JSON schema of its arguments; null: it takes none.
+        strict: accepted; where a grammar can hold the arguments to the schema, it always does.
+    """
 
     type: Literal["function"]
     name: str
@@ -19,14 +27,27 @@ class ResponsesTool(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class NamedTool(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """`tool_choice` that asks for one function."""
+    """`tool_choice` that asks for one function.
+
+    Attributes:
+        name: one of the offered tools'.
+        type: there is one type.
+    """
 
     name: str
     type: Literal["function"] = "function"
 
 
 class TextFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """What the text must look like; `schema` and `name` are for type "json_schema"."""
+    """What the text must look like.
+
+    Attributes:
+        type: "text" asks for nothing, "json_object" for any JSON object.
+        name: of the schema; not used by the engine.
+        schema: for type "json_schema".
+        description: for people.
+        strict: the answer always keeps to the schema, whatever this says.
+    """
 
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
@@ -36,7 +57,12 @@ class TextFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class TextOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """How the text is to be; `verbosity` only as null or "medium"."""
+    """How the text is to be.
+
+    Attributes:
+        format: what it must look like.
+        verbosity: only null or "medium".
+    """
 
     format: TextFormat | None = None
     verbosity: str | None = None
@@ -45,8 +71,11 @@ class TextOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 class ReasoningOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """How much the model thinks, where its chat template lets one say so.
 
-    Thoughts are given whole, as `content` of their item; no summary is made, so `summary` is null or "auto" (the best
-    there is), and the items' `summary` is empty.
+    Thoughts are given whole, as `content` of their item; no summary is made, and the items' `summary` is empty.
+
+    Attributes:
+        effort: passed to the chat template where it knows it.
+        summary, generate_summary: only null or "auto", the best there is.
     """
 
     effort: str | None = None

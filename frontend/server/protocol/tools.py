@@ -22,20 +22,34 @@ class FunctionDefinition(msgspec.Struct, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Tool(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """One entry of `tools`."""
+    """One entry of `tools`.
+
+    Attributes:
+        function: what may be called.
+        type: there is one type.
+    """
 
     function: FunctionDefinition
     type: Literal["function"] = "function"
 
 
 class NamedFunction(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """The name of one function."""
+    """The name of one function.
+
+    Attributes:
+        name: one of the offered tools'.
+    """
 
     name: str
 
 
 class NamedToolChoice(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """`tool_choice` that asks for one function."""
+    """`tool_choice` that asks for one function.
+
+    Attributes:
+        function: the one that is to be called.
+        type: there is one type.
+    """
 
     function: NamedFunction
     type: Literal["function"] = "function"

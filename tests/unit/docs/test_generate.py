@@ -64,6 +64,7 @@ def test_write_then_check(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[
     assert sorted(path.name for path in folder.iterdir()) == [
         "cli.md",
         "errors.md",
+        "http_api.md",
         "messages.md",
         "metrics.md",
         "options.md",

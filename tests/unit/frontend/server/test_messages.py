@@ -206,6 +206,7 @@ def test_thinking_is_the_templates_switch(core: FakeCore) -> None:
         HELLO | {"tools": [TOOL]},
         HELLO | {"temperature": -1},
         HELLO | {"stop_sequences": [""]},
+        HELLO | {"max_tokens": 5, "thinking": {"type": "enabled", "display": "omitted"}},
     ],
 )
 def test_what_is_wrong_is_refused_in_anthropics_form(core: FakeCore, body: dict[str, Any]) -> None:
