@@ -1,8 +1,9 @@
 """Notices an engine that is alive but stuck, and lets nobody wait for it.
 
-Two ways to be stuck: the core does not answer, or it answers but its worker finishes no step although requests run. In
-either case new requests are refused at once, with a 503; those in work are ended when it has lasted too long. As soon
-as the engine goes on, so does everything else.
+Two ways to be stuck: the core does not answer, or it answers but its worker finishes no step although requests run. The
+core replaces such a worker by itself, in half the time: this is for the case that it cannot. In either case new
+requests are refused at once, with a 503; those in work are ended when it has lasted too long. As soon as the engine
+goes on, so does everything else. An engine that starts a new worker is not stuck: requests wait for it.
 
 `Watch` decides, and takes time as an argument; `Heartbeat` asks the engine and carries out.
 """
@@ -18,7 +19,7 @@ from folovllm.frontend.server.context import ServerContext
 
 logger = get_logger(__name__)
 
-STEP_BOUND_S = 300.0  # of one step: 2048 tokens of a prompt, with a model that is large for its CPU, take minutes
+STEP_BOUND_S = 600.0  # twice what the core leaves its worker for one step
 PATIENCE = 6.0  # requests in work are ended after so many health time-outs without an answer
 
 

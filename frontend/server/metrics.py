@@ -81,6 +81,7 @@ ENGINE_METRICS = (
     MetricSpec("num_preemptions", "counter", "Preemptions."),
     MetricSpec("preempted_tokens", "counter", "Tokens computed and thrown away by preemption."),
     MetricSpec("engine_steps", "counter", "Steps."),
+    MetricSpec("worker_restarts", "counter", "Workers started in place of one that had ended."),
 )
 
 
@@ -188,4 +189,5 @@ def _engine_values(stats: EngineStats) -> dict[str, float]:
         "num_preemptions": stats.num_preemptions_total,
         "preempted_tokens": stats.num_lost_tokens_total,
         "engine_steps": stats.num_steps_total,
+        "worker_restarts": stats.num_worker_restarts_total,
     }

@@ -108,6 +108,7 @@ class FakeCore:
         self.die_on_request = False
         self.refuse_hello = ""
         self.num_cached_blocks = 7
+        self.is_recovering = False
         self._script = script
         self._welcome = Welcome(model, max_model_len, 152000, 16, 100, 8, "fake", "float32", "0")
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -204,7 +205,16 @@ class FakeCore:
 
     def _stats(self, ticket: int) -> EngineStats:
         totals = (0, 0, 0, 0, 0, 1, 0, 0)
-        return EngineStats(ticket, len(self.live), 0, 100, 100, *totals, num_cached_blocks=self.num_cached_blocks)
+        return EngineStats(
+            ticket,
+            len(self.live),
+            0,
+            100,
+            100,
+            *totals,
+            num_cached_blocks=self.num_cached_blocks,
+            is_recovering=self.is_recovering,
+        )
 
     def _add(self, identity: bytes, request: EngineCoreRequest) -> None:
         self.requests.append(request)

@@ -21,7 +21,7 @@ class Operations:
         self._context = context
 
     async def health(self, _request: Request) -> Response:
-        """200 after a round trip through the engine; 503 if it is dead, or does not answer in time."""
+        """200 after a round trip through the engine; 503 if it is dead, has no worker, or does not answer in time."""
         _, answer = await self._ask()
         return json_response(answer, 200 if answer.status == "ready" else 503)
 
@@ -48,8 +48,12 @@ class Operations:
             return None, HealthAnswer(status="stuck", message=f"the engine did not answer within {bound_s:g} s")
         except EngineError as error:
             return None, HealthAnswer(status="dead", message=str(error))
-        stuck = self._context.stuck
-        return stats, HealthAnswer(status="stuck", message=stuck) if stuck else HealthAnswer(status="ready")
+        if self._context.stuck:
+            return stats, HealthAnswer(status="stuck", message=self._context.stuck)
+        if stats.is_recovering:
+            message = "the engine's worker has ended and the next one is being started; requests wait for it"
+            return stats, HealthAnswer(status="recovering", message=message)
+        return stats, HealthAnswer(status="ready")
 
 
 def endpoints(context: ServerContext) -> list[Endpoint]:

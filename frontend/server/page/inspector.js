@@ -75,7 +75,7 @@ export class Inspector {
       ["KV cache", percent(used, stats.num_blocks), `${used.toLocaleString("en")} of ${plural(stats.num_blocks, "block")}`],
       ["Prefix hits", percent(stats.num_cache_hits_total, stats.num_cache_queries_total), `${stats.num_cache_hits_total.toLocaleString("en")} tokens`],
       ["Steps", stats.num_steps_total.toLocaleString("en"), `budget ${plural(engine.max_num_batched_tokens, "token")}`],
-      ["Engine", engine.device.split(" (")[0], `${engine.dtype}, version ${engine.version}`],
+      ["Engine", engine.device.split(" (")[0], stats.is_recovering ? "starts a new worker" : stats.num_worker_restarts_total ? plural(stats.num_worker_restarts_total, "worker restart") : `${engine.dtype}, version ${engine.version}`],
     ];
     byId("figures").replaceChildren(...figures.map(([name, value, note]) => make("div", { class: "figure" }, make("span", {}, name), make("strong", { "data-figure": name }, String(value)), make("small", {}, note))));
   }

@@ -94,7 +94,13 @@ class VersionAnswer(msgspec.Struct, kw_only=True):
 
 
 class HealthAnswer(msgspec.Struct, kw_only=True):
-    """State of the server: "ready", "draining", "stuck" (the engine does not answer) or "dead"; why, if not ready."""
+    """State of the server; why, if it is not ready.
+
+    Attributes:
+        status: "ready", "draining" (the server ends), "recovering" (the engine starts a new worker), "stuck" (the
+            engine does not answer) or "dead".
+        message: why; "" if it is ready.
+    """
 
     status: str
     message: str = ""

@@ -3,6 +3,7 @@
 import asyncio
 from contextlib import suppress
 
+import msgspec
 import pytest
 
 from folovllm.common.messages.frontend_core import EngineStats
@@ -35,7 +36,7 @@ def test_a_worker_that_finishes_no_step() -> None:
     assert not watch.answered(stats(steps=7), 0.0).stuck
     assert not watch.answered(stats(steps=7), STEP_BOUND_S - 1).stuck
     verdict = watch.answered(stats(steps=7), STEP_BOUND_S)
-    assert verdict.stuck == "the engine has finished no step for 300 s"
+    assert verdict.stuck == "the engine has finished no step for 600 s"
     assert verdict.hopeless
     assert not watch.answered(stats(steps=8), STEP_BOUND_S + 1).stuck
 
@@ -47,12 +48,19 @@ def test_an_idle_engine_makes_no_steps() -> None:
     assert not watch.answered(stats(steps=7, running=1), 10 * STEP_BOUND_S + 5).stuck
 
 
+def test_a_core_that_starts_a_worker_is_not_stuck() -> None:
+    watch = Watch(5.0, 0.0)
+    recovering = msgspec.structs.replace(stats(steps=7, running=0), num_waiting=3, is_recovering=True)
+    for second in range(0, int(5 * STEP_BOUND_S), 50):
+        assert not watch.answered(recovering, float(second)).stuck
+
+
 def test_silence_of_the_core_is_not_counted_against_its_worker() -> None:
     watch = Watch(5.0, 0.0)
     watch.answered(stats(steps=7), 0.0)
-    for i in range(1, 71):
+    for i in range(1, 141):
         watch.missed(i * 5.0)
-    assert not watch.answered(stats(steps=7), 351.0).stuck
+    assert not watch.answered(stats(steps=7), 701.0).stuck
 
 
 def test_L36_nobody_waits_for_a_stuck_engine(core: FakeCore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,6 +86,20 @@ def test_L36_nobody_waits_for_a_stuck_engine(core: FakeCore, monkeypatch: pytest
             await beats
 
     run(core.endpoint, scenario, health_timeout_s=0.1)
+
+
+def test_an_engine_without_a_worker_says_so_and_takes_requests(core: FakeCore) -> None:
+    core.is_recovering = True
+
+    async def scenario(server: Served) -> None:
+        for path in ("/health", "/ready"):
+            health = await server.http.get(path)
+            assert (health.status_code, health.json()["status"]) == (503, "recovering")
+            assert "worker has ended" in health.json()["message"]
+        assert (await server.http.get("/metrics")).status_code == 200
+        assert (await server.post(CHAT, HELLO)).status_code == 200  # the engine queues it
+
+    run(core.endpoint, scenario)
 
 
 def test_it_ends_with_the_engine(core: FakeCore) -> None:

@@ -11,7 +11,7 @@ from folovllm.frontend.server.metrics import ENGINE_METRICS, PREFIX, REQUEST_MET
 from tests.fakes.fake_core_for_frontend import FakeCore
 from tests.fakes.http_server import Served, run
 
-STATS = EngineStats(1, 3, 4, 25, 100, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20)
+STATS = EngineStats(1, 3, 4, 25, 100, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23)
 
 
 def values(page: bytes) -> dict[str, float]:
@@ -80,6 +80,7 @@ def test_the_engines_numbers() -> None:
         "num_preemptions_total": 12,
         "preempted_tokens_total": 13,
         "engine_steps_total": 17,
+        "worker_restarts_total": 23,
     }
     assert {name: found[PREFIX + name] for name in expected} == expected
     assert len(expected) == len(ENGINE_METRICS)
