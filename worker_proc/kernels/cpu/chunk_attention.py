@@ -121,9 +121,9 @@ class ChunkAttention:
         """`cache`: where compiled code is kept; `form`: for tests and measurements, None takes the fastest."""
         features = llvm.get_host_cpu_features()
         self.shape = shape
-        self.form = form or best_form(shape.kind, features)
+        self.form = form or best_form(shape.kind, llvm.get_host_cpu_name(), features)
         if self.form is Form.AMX and not allow_tiles():
-            self.form = Form.PAIRS
+            self.form = Form.FLOATS
         self._team = team
         self._code = Compiled(_build(shape, self.form, wide=bool(features.get("avx512f"))), cache)
 

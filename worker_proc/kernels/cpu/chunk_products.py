@@ -4,9 +4,27 @@ All forms hold scores, weights and outputs transposed: sixteen query rows are th
 numbers of a head) follow one another. Then keys need no packing for the scores, largest scores and sums over keys are
 found without a sum across lanes, and one row of weights scales a whole column of values.
 
-    AMX     tiles of 16 x 32 bf16 numbers: 16 keys straight from their block times 16 packed queries (AVX512 + AMX)
+    AMX     tiles of 16 x 32 bf16 numbers: 16 keys straight from their block times 16 packed queries
     PAIRS   `vdpbf16ps`: two neighbouring numbers of a key, spread over the lanes, times pairs of queries (AVX512-BF16)
-    FLOATS  everything widened to float32 first: float16 anywhere, and bf16 where there is neither (AVX2, AVX-512)
+    FLOATS  everything widened to float32 first: float16 anywhere, and bf16 without the others (AVX2, AVX-512)
+
+Which is taken: AMX where there is any; pairs on AMD's Zen 4 and 5, which start as many `vdpbf16ps` in a cycle as
+products of floats (by its manuals: not measured here); floats elsewhere, for Intel's processors start one
+`vdpbf16ps` where they start four fused products. Milliseconds of a layer's attention, one thread of a Xeon of 2023 with
+AMX, least of 12, 9/3 heads of 64 ("torch": gather and scaled_dot_product_attention, with AMX, and kept to AVX-512 or
+AVX2 by MKL_ENABLE_INSTRUCTIONS and the like; AVX2's floats are a kernel of their own):
+
+    new tokens × context    torch AMX   AVX-512    AVX2  |  AMX  PAIRS  FLOATS   of AVX2
+       16 × 0                    0.07      0.13    0.08  | 0.03   0.04    0.03      0.05
+       16 × 1,000                0.50      1.15    1.12  | 0.17   0.51    0.33      0.78
+       16 × 3,000                1.40      2.29    3.20  | 0.42   1.53    1.02      2.22
+       48 × 3,000                3.16     11.78    8.16  | 1.05   4.49    2.80      6.00
+      128 × 1,000                2.61      4.76    7.81  | 1.04   4.21    2.54      5.30
+    1,024 × 0                    8.03     35.84   44.06  | 4.11  16.81   10.15     29.03
+
+In float16 floats take 0.5 to 0.6 times as long as torch. Tiles of 16 to 256 rows with two batched products in torch are
+slower than scaled_dot_product_attention in bf16 and float32 alike (48 × 3,000 in float32: 5.4 to 6.7 against 4.0), so
+torch's path stays with that.
 """
 
 import dataclasses
@@ -38,11 +56,13 @@ class Form(enum.Enum):
     FLOATS = "floats"
 
 
-def best_form(kind: str, features: Mapping[str, bool]) -> Form:
-    """The fastest form for numbers of this kind on a processor with these features (LLVM's names)."""
-    if kind != "bfloat16" or not features.get("avx512bf16"):
-        return Form.FLOATS
-    return Form.AMX if features.get("amx-bf16") else Form.PAIRS
+def best_form(kind: str, processor: str, features: Mapping[str, bool]) -> Form:
+    """The fastest form for numbers of this kind on a processor of this name with these features (LLVM's names)."""
+    if kind == "bfloat16" and features.get("amx-bf16"):
+        return Form.AMX
+    if kind == "bfloat16" and features.get("avx512bf16") and processor.startswith("znver"):
+        return Form.PAIRS
+    return Form.FLOATS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from folovllm.worker_proc.attention.backend import AttentionMetadata
 from folovllm.worker_proc.attention.paged import PagedBackend
 from folovllm.worker_proc.attention.torch_naive import TorchNaiveBackend
 from folovllm.worker_proc.device import Placement
+from folovllm.worker_proc.kernels.cpu import chunk_attention
 from folovllm.worker_proc.kernels.cpu.chunk_attention import (
     MAX_VECTORS,
     Chunk,
@@ -251,11 +252,19 @@ def test_the_costliest_tiles_come_first() -> None:
 
 
 def test_the_fastest_form_a_processor_has() -> None:
-    everything = {"avx512bf16": True, "amx-bf16": True}
-    assert best_form("bfloat16", everything) is Form.AMX
-    assert best_form("bfloat16", {"avx512bf16": True, "amx-bf16": False}) is Form.PAIRS
-    assert best_form("bfloat16", {"avx512f": True}) is Form.FLOATS
-    assert best_form("float16", everything) is Form.FLOATS
+    pairs = {"avx512f": True, "avx512bf16": True, "amx-bf16": False}
+    everything = {**pairs, "amx-bf16": True}
+    assert best_form("bfloat16", "emeraldrapids", everything) is Form.AMX
+    assert best_form("bfloat16", "znver4", pairs) is Form.PAIRS
+    assert best_form("bfloat16", "cooperlake", pairs) is Form.FLOATS
+    assert best_form("bfloat16", "haswell", {"avx2": True}) is Form.FLOATS
+    assert best_form("float16", "znver5", pairs) is best_form("float16", "emeraldrapids", everything) is Form.FLOATS
+
+
+def test_a_system_that_does_not_allow_tiles_gets_floats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunk_attention, "best_form", lambda *_: Form.AMX)
+    monkeypatch.setattr(chunk_attention, "allow_tiles", lambda: False)
+    assert compiled(HeadShape(1, 1, 32, 16, "bfloat16")).form is Form.FLOATS
 
 
 @pytest.mark.skipif(not llvm.get_host_cpu_features().get("amx-tile"), reason="this processor has no AMX")
