@@ -35,6 +35,7 @@ from folovllm.common.transport import Decoder, encode
 from folovllm.core_proc.logprobs_route import NO_LOGPROBS, ClientLogprobs, RoutedLogprobs, logprobs_for
 from folovllm.core_proc.refusals import Refusals, receive_waiting
 from folovllm.core_proc.request import Request
+from folovllm.core_proc.request_frames import without_malformed
 from folovllm.core_proc.scheduler import StepOutcome
 
 MAX_KEPT_FRAMES: Final = 8192  # what one frontend leaves unread; minutes of streams, at 1 kB a frame some megabytes
@@ -83,11 +84,14 @@ class Frontends:
     def receive(self) -> Iterator[tuple[Frontend, Asked]]:
         """What the frontends ask for, in the order of arrival; greetings and bad frames are dealt with here."""
         for identity, frame in receive_waiting(self.socket):
+            message: FrontendToCore | None
             try:
                 message = self._decode(identity, frame)
             except ProtocolError as error:
-                self._refusals.refuse(identity, str(error))
-                continue
+                message = self._without_malformed(identity, frame)
+                if message is None:
+                    self._refusals.refuse(identity, str(error))
+                    continue
             if isinstance(message, Hello):
                 self._greet(identity, message)
             elif isinstance(message, BadFrame):
@@ -151,6 +155,17 @@ class Frontends:
         if isinstance(message, AbortRequests) and len(message.numbers) % _TOKEN_ID_BYTES:
             raise ProtocolError(f"{len(message.numbers)} bytes are no whole number of int32 request numbers")
         return message
+
+    def _without_malformed(self, identity: bytes, frame: bytes | None) -> AddRequests | None:
+        """What is right of a frame of new requests; those that are malformed are refused, each by its number."""
+        frontend = self._by_identity.get(identity)
+        saved = None if frontend is None or frame is None else without_malformed(frame)
+        if frontend is None or saved is None:
+            return None
+        requests, refused = saved
+        self._refusals.note(identity, f"{len(refused)} requests refused; the first: {refused[0].message}")
+        self.send(frontend, EngineCoreOutputs(rejected=refused))
+        return requests if identity in self._by_identity else None  # it may turn out to be gone
 
     def _greet(self, identity: bytes, hello: Hello) -> None:
         if hello.role != "frontend":

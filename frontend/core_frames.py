@@ -82,7 +82,7 @@ def _parted(entries: Any, kind: type[msgspec.Struct]) -> tuple[list[Any], list[F
     right, failed = [], []
     for entry in entries:
         try:
-            right.append(msgspec.convert(entry, kind))
+            right.append(msgspec.convert(entry, kind, builtin_types=(bytes,)))
         except msgspec.ValidationError as error:
             if not isinstance(entry, list) or not entry or not isinstance(entry[0], int):
                 return None
@@ -93,7 +93,7 @@ def _parted(entries: Any, kind: type[msgspec.Struct]) -> tuple[list[Any], list[F
 def _converted(name: str, value: Any) -> Any:
     """A field that is not one of `_ENTRIES` in its type. Raises msgspec.ValidationError."""
     kinds = {field.name: field.type for field in msgspec.structs.fields(EngineCoreOutputs)}
-    return msgspec.convert(value, kinds[name])
+    return msgspec.convert(value, kinds[name], builtin_types=(bytes,))
 
 
 def tokens_by_number(outputs: EngineCoreOutputs) -> dict[int, list[int]]:

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import pathlib
 
+import msgspec
 import numpy as np
 import pytest
 import zmq
@@ -14,6 +15,7 @@ from folovllm.common.messages.frontend_core import (
     AddRequests,
     CoreToFrontend,
     EngineCoreOutputs,
+    EngineCoreRequest,
     EngineFailed,
     GetStats,
     Ping,
@@ -107,6 +109,26 @@ def test_bad_frames_are_answered_and_have_no_effect(
     assert identity == frames[0]
     assert isinstance(answer, BadFrame)
     assert len(frontends) == 2
+
+
+def test_a_malformed_request_is_refused_alone(router: FakeRouter, frontends: Frontends) -> None:
+    right = EngineCoreRequest(3, "r", b"\1\0\0\0", SamplingRow(), 4)
+    values = msgspec.msgpack.decode(encode(AddRequests([right, right])))
+    values[1][0][:2] = [2, 7]
+    frame = msgspec.msgpack.encode(values)
+    router.incoming.append([b"a", frame])
+    ((frontend, message),) = frontends.receive()
+    assert frontend.identity == b"a"
+    assert message == AddRequests([right])
+    ((identity, answer),) = router.take()
+    assert identity == b"a"
+    assert isinstance(answer, EngineCoreOutputs)
+    assert [(entry.number, entry.kind, entry.field) for entry in answer.rejected] == [(2, "invalid", "request_id")]
+    router.incoming.append([b"stranger", frame])
+    assert not list(frontends.receive())
+    ((identity, answer),) = router.take()
+    assert identity == b"stranger"
+    assert isinstance(answer, BadFrame)
 
 
 def test_a_bad_frame_message_is_not_answered(router: FakeRouter, frontends: Frontends) -> None:

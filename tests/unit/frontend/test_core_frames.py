@@ -52,6 +52,7 @@ def test_a_frame_that_is_right_is_its_message() -> None:
         (_FINISHED, 0, [4, "no such reason"], 4),
         (_FINISHED, 1, [6], 6),
         (_FINISHED, 1, [6, "stop", "a text"], 6),
+        (_FINISHED, 1, [6, "stop", None, "AAAA"], 6),
         (_REJECTED, 0, [7, "invalid", None], 7),
         (_PROMPT, 0, [9, 1, [1, 2]], 9),
     ],
