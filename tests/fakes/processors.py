@@ -1,5 +1,6 @@
 """Logits processors for tests of whole processes."""
 
+import os
 from typing import Any
 
 import torch
@@ -17,4 +18,11 @@ def fail(logits: torch.Tensor, token_ids: torch.Tensor, num_prompt_tokens: int, 
     """Fails once the answer has `argument` tokens."""
     if len(token_ids) - num_prompt_tokens >= argument:
         raise RuntimeError("told to")
+    return logits
+
+
+def end_worker(logits: torch.Tensor, token_ids: torch.Tensor, num_prompt_tokens: int, argument: Any) -> torch.Tensor:
+    """Ends the whole worker process, without a word, once the answer has `argument` tokens."""
+    if len(token_ids) - num_prompt_tokens >= argument:
+        os._exit(77)
     return logits

@@ -25,9 +25,16 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return write_model_folder(tmp_path_factory.mktemp("integration") / "tiny")
 
 
-def tiny_llm(folder: pathlib.Path) -> LLM:
+def tiny_llm(folder: pathlib.Path, max_worker_restarts: int = 10) -> LLM:
     """An engine of its own for the tiny model: 256 blocks of 16 tokens."""
-    return LLM(folder, load_format="dummy", dtype="float32", num_gpu_blocks_override=257, cpu_threads=1)
+    return LLM(
+        folder,
+        load_format="dummy",
+        dtype="float32",
+        num_gpu_blocks_override=257,
+        cpu_threads=1,
+        max_worker_restarts=max_worker_restarts,
+    )
 
 
 @pytest.fixture(scope="module")

@@ -114,7 +114,7 @@ def test_L35_sigkill_leaves_nothing(start_daemon: Callable[..., Daemon]) -> None
 
 @pytest.mark.parametrize("victim", ["core", "worker"])
 def test_the_death_of_a_process_ends_it_with_1_and_the_cause(start_daemon: Callable[..., Daemon], victim: str) -> None:
-    daemon = start_daemon()
+    daemon = start_daemon("--max-worker-restarts", "0")
     daemon.wait_ready()
     family = daemon.family()
     module = f"folovllm.{victim}_proc"

@@ -25,7 +25,7 @@ def family_of_engine() -> list[psutil.Process]:
 
 @pytest.mark.parametrize("victim", ["core", "worker"])
 def test_L35_a_killed_process_raises_its_cause_at_once(tiny_folder: pathlib.Path, victim: str) -> None:
-    llm = tiny_llm(tiny_folder)
+    llm = tiny_llm(tiny_folder, max_worker_restarts=0)
     family = family_of_engine()
     (target,) = (process for process in family if f"folovllm.{victim}_proc" in process.cmdline())
     stream = llm.stream("abc", LONG)
