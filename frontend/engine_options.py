@@ -45,6 +45,7 @@ class EngineOptions(TypedDict, total=False):
     max_num_queued_tokens: int | None
     max_worker_restarts: int
     attention_backend: AttentionBackendName
+    batch_invariant: bool
     logits_processors: Sequence[str]
     cpu_threads: int | None
     trace_file: str | None

@@ -60,9 +60,9 @@ class LLM:
                 kv_cache_memory_gb=None, max_num_seqs=256, max_num_batched_tokens=2048,
                 long_prefill_token_threshold=None, max_num_partial_prefills=None, target_itl_ms=None,
                 enable_prefix_caching=True, scheduling_policy="fcfs", pipeline_depth=2, max_num_queued_reqs=100000,
-                max_num_queued_tokens=None, max_worker_restarts=10, attention_backend="auto", logits_processors=(),
-                cpu_threads=None, trace_file=None, log_interval_s=10.0, log_level=None. Their meaning stands at
-                `folovllm.common.config.EngineConfig`.
+                max_num_queued_tokens=None, max_worker_restarts=10, attention_backend="auto", batch_invariant=False,
+                logits_processors=(), cpu_threads=None, trace_file=None, log_interval_s=10.0, log_level=None. Their
+                meaning stands at `folovllm.common.config.EngineConfig`.
 
         Raises:
             TypeError: an option that does not exist.

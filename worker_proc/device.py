@@ -27,12 +27,14 @@ class Placement:
         device, dtype: of weights, activations and KV cache.
         use_triton: layers run as Triton kernels.
         dependent_launch: these may begin before the kernel before them is through (`kernels.triton.pdl`).
+        batch_invariant: a row's products must not depend on how many rows there are.
     """
 
     device: torch.device
     dtype: torch.dtype
     use_triton: bool = False
     dependent_launch: bool = False
+    batch_invariant: bool = False
 
 
 def choose_device(requested: str) -> torch.device:

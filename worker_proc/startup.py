@@ -4,6 +4,7 @@ Warm-up and, on a GPU, the measurement of memory go through `ModelRunner.execute
 sends.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Callable
 
@@ -109,7 +110,8 @@ class Startup:
         if stored is None and self._config.load_format == "auto":
             stored = checkpoint_dtype(self._folder)
         device = choose_device(self._config.device)
-        return place(device, resolve_dtype(self._config.dtype, type_around(model_config, device, stored)))
+        placement = place(device, resolve_dtype(self._config.dtype, type_around(model_config, device, stored)))
+        return make_invariant(placement, model_config) if self._config.batch_invariant else placement
 
     def _load(self, model_config: ModelConfig, placement: Placement) -> tuple[CausalLM, int]:
         """The model with its weights, and their bytes."""
@@ -177,6 +179,20 @@ class Startup:
         return peak
 
 
+def make_invariant(placement: Placement, model_config: ModelConfig) -> Placement:
+    """The same for answers that do not depend on the batch.
+
+    Raises:
+        ConfigError: that is not to be had here.
+    """
+    if placement.device.type != "cpu" or placement.dtype == torch.float32:
+        here = f"{placement.device.type} with {dtype_name(placement.dtype)}"
+        raise ConfigError(f"batch_invariant needs device='cpu' with dtype bfloat16 or float16; this is {here}")
+    if model_config.quantization is not None:
+        raise ConfigError("batch_invariant needs weights that are not quantized")
+    return dataclasses.replace(placement, batch_invariant=True)
+
+
 def choose_backend(name: str, model_config: ModelConfig, placement: Placement, kernels: CpuKernels) -> AttentionBackend:
     """The attention backend of that name; "auto" takes the fastest there is.
 
@@ -205,7 +221,18 @@ def choose_graphs(
     states: RequestStates,
     kernels: CpuKernels,
 ) -> StepGraphs:
-    """Captured steps where the attention backend can be captured, which is Triton's on CUDA; compiled ones on a CPU."""
+    """Captured steps where the attention backend can be captured, which is Triton's on CUDA; compiled ones on a CPU.
+
+    None of them where answers must not depend on the batch: a step of few requests is computed as one of many.
+
+    Raises:
+        ConfigError: there are no attention kernels, which that needs.
+    """
+    if kernels.batch_invariant:
+        if backend.name != "paged":
+            raise ConfigError(f"batch_invariant needs attention_backend='paged' (or 'auto'), not {backend.name!r}")
+        kernels.require()
+        return NoGraphs()
     if states.device.type == "cpu" and backend.name == "paged":
         return CpuSteps(kernels.begin_network(model.parts(), kv))
     if states.device.type != "cuda" or backend.name != "triton_paged":

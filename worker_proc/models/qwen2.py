@@ -25,7 +25,7 @@ class Qwen2ForCausalLM:
         self._tied = config.tie_word_embeddings
         self.lm_head: LinearLayer
         if self._tied:
-            self.lm_head = Linear.tied(self.model.embed_tokens)
+            self.lm_head = Linear.tied(self.model.embed_tokens, placement)
         else:
             self.lm_head = linears("", config.hidden_size, {"lm_head": config.vocab_size})
 

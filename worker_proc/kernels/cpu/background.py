@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import torch
 
 from folovllm.common.config import cache_dir, use_cpu_kernels
+from folovllm.common.errors import ConfigError
 from folovllm.common.log import get_logger
 from folovllm.common.model_config import ModelConfig
 from folovllm.worker_proc.device import Placement, dtype_name
@@ -99,13 +100,17 @@ class CpuKernels:
     Attributes:
         attention: of decoding requests; its compilation begins with this object.
         chunks: attention of prompt chunks; the same.
+        cache: where compiled code is kept.
+        batch_invariant: see `device.Placement`.
     """
 
     def __init__(self, config: ModelConfig, block_size: int, placement: Placement) -> None:
         self.attention: Later[DecodeAttention] = Later.never()
         self.chunks: Later[ChunkAttention] = Later.never()
+        self.batch_invariant = placement.batch_invariant
         self._num_q_heads = config.num_attention_heads
         self._compiler = Compiler()
+        self.cache = self._compiler.cache
         if placement.device.type == "cpu" and placement.dtype != torch.float32 and use_cpu_kernels():
             self._begin_attention(config, block_size, dtype_name(placement.dtype))
 
@@ -123,6 +128,17 @@ class CpuKernels:
         cache = self._compiler.cache
         self.attention = self._compiler.begin("attention", lambda team: _attention(shape, team, cache))
         self.chunks = self._compiler.begin("attention of prompts", lambda team: _chunks(shape, team, cache))
+
+    def require(self) -> None:
+        """Waits for the attention's kernels.
+
+        Raises:
+            ConfigError: there are none for this model, or none may be used.
+        """
+        if self.attention.wait() is None or self.chunks.wait() is None:
+            raise ConfigError(
+                "batch_invariant needs the compiled attention kernels; there are none for this model here"
+            )
 
     def begin_network(self, parts: NetworkParts, kv: KVTensors) -> "Later[DecodeNetwork]":
         """Whole steps of a few decoding requests; for a network whose weights are in place."""

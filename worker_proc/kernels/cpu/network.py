@@ -195,7 +195,7 @@ class HeadProduct:
     """Logits of a few rows, in float32: they are not rounded, and not widened again for the sampler."""
 
     def __init__(self, weight: BlockedWeight, bias: torch.Tensor | None, team: Team, cache: CodeCache | None) -> None:
-        self._team, self._weight = team, weight
+        self._team, self._weight, self.in_features = team, weight, weight.in_features
         self._shape = ProductShape.of(weight)
         self._code = Compiled(build_product(self._shape), cache)
         self._zeros = torch.zeros(self._shape.padded_out)

@@ -50,7 +50,7 @@ def test_only_bf16_is_packed() -> None:
 def test_a_tied_layer_leaves_the_embedding_as_it_is() -> None:
     embedding = torch.randn(50, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     before = embedding.clone()
-    layer = Linear.tied(embedding)
+    layer = Linear.tied(embedding, Placement(CPU, torch.bfloat16))
     assert layer.weight is embedding and list(layer.checkpoint_tensors("")) == []
     x = torch.randn(3, 16, generator=torch.Generator().manual_seed(1)).bfloat16()
     with torch.inference_mode():
