@@ -11,6 +11,8 @@ import dataclasses
 
 import torch
 
+from folovllm.worker_proc.layers.int4_layout import Int4Layout
+
 _WIDTHS = (16, 32, 48, 64)
 _MOST_PADDING = 64  # inputs that a block may be filled up with
 
@@ -45,7 +47,7 @@ class BlockedWeight:
     out_features: int
     in_features: int
     padded_in: int
-    layout: BlockLayout
+    layout: BlockLayout | Int4Layout
 
     @property
     def num_blocks(self) -> int:

@@ -23,14 +23,25 @@ from folovllm.worker_proc.layers.blocked import BlockedWeight, look_into
 from folovllm.worker_proc.layers.norm import RMSNorm
 
 # oneDNN's layout depends on the row count it is told to expect; what it gives for 16 serves 1 to 1,024 rows well.
-_ROWS_TO_PACK_FOR = 16
+ROWS_TO_PACK_FOR = 16
 _EQUAL_ROWS = 32
 _GEMV_ROWS = 4  # up to so many rows `kernels.triton.gemv` is faster than cuBLAS
 _GEMV_COLUMNS = 4096  # it holds a row of the weight in registers
 
 
 class LinearLayer(Protocol):
-    """What a network asks of one of its linear layers, whatever its weight is stored as."""
+    """What a network asks of one of its linear layers, whatever its weight is stored as.
+
+    Attributes:
+        blocked: where the numbers of its weight lie, for kernels that compute whole steps; None if they cannot use it.
+        bias: [out_features] or None.
+    """
+
+    @property
+    def blocked(self) -> BlockedWeight | None: ...
+
+    @property
+    def bias(self) -> torch.Tensor | None: ...
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in_features] → [T, out_features]."""
@@ -171,7 +182,7 @@ class Linear:
     def pack(self) -> None:
         """Brings the loaded weight into its fastest layout; views handed out before do not reach it any more."""
         if can_pack(self.weight):
-            packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, _ROWS_TO_PACK_FOR)
+            packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, ROWS_TO_PACK_FOR)
             self.blocked = look_into(packed, self.weight)
             self.weight, self._packed = packed, True
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from folovllm.worker_proc.layers.activation import silu_and_mul
+from folovllm.worker_proc.layers.blocked import BlockedWeight
 from folovllm.worker_proc.layers.linear import LinearLayer
 from folovllm.worker_proc.layers.norm import RMSNorm
 
@@ -15,6 +16,8 @@ class SideBySide:
     def __init__(self, layers: Sequence[LinearLayer]) -> None:
         """`layers` in the order of their outputs."""
         self.layers = tuple(layers)
+        self.blocked: BlockedWeight | None = None
+        self.bias: torch.Tensor | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in_features] → [T, out_features]."""

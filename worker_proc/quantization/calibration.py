@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from folovllm.worker_proc.device import Placement
 from folovllm.worker_proc.layers.activation import silu_and_mul
+from folovllm.worker_proc.layers.blocked import BlockedWeight
 from folovllm.worker_proc.layers.linear import Linear, LinearLayer
 from folovllm.worker_proc.layers.norm import RMSNorm
 from folovllm.worker_proc.models.registry import CausalLM
@@ -43,6 +44,8 @@ class _CalibrationLinear:
     def __init__(self, prefix: str, parts: Mapping[str, int], dense: Linear, maker: CalibrationLinears) -> None:
         self._prefix, self._parts, self._dense, self._maker = prefix, parts, dense, maker
         self._rounded = False
+        self.blocked: BlockedWeight | None = None
+        self.bias = dense.bias
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self._maker.rounding is not None and not self._rounded:

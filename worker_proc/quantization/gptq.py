@@ -10,18 +10,25 @@ placement's type: such a model runs as fast as an unquantized one, and takes as 
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from folovllm.common.errors import ModelError
 from folovllm.common.log import get_logger
 from folovllm.worker_proc.device import Placement
+from folovllm.worker_proc.layers.blocked import BlockedWeight
 from folovllm.worker_proc.layers.linear import Linear, LinearLayer
 from folovllm.worker_proc.layers.norm import RMSNorm
 from folovllm.worker_proc.layers.side_by_side import SideBySide
 from folovllm.worker_proc.quantization.config import SUPPORTED_BITS, WHOLE_INPUT, GPTQConfig, Scheme
 from folovllm.worker_proc.quantization.storage import WORD_BITS, Quantized, unpack_rows, unpack_zeros
+
+if TYPE_CHECKING:
+    from folovllm.worker_proc.layers.int4_linear import Int4Kernels
+
+INT4_BITS = 4
 
 logger = get_logger(__name__)
 
@@ -30,9 +37,19 @@ class GPTQLinears:
     """The maker of a GPTQ checkpoint's linear layers."""
 
     def __init__(
-        self, config: GPTQConfig, placement: Placement, stored: Mapping[str, tuple[int, ...]] | None = None
+        self,
+        config: GPTQConfig,
+        placement: Placement,
+        stored: Mapping[str, tuple[int, ...]] | None = None,
+        kernels: "Callable[[], Int4Kernels | None]" = lambda: None,
     ) -> None:
-        """`stored`: shapes of the checkpoint's tensors, by name; None where there is none (random weights)."""
+        """Prepares for a checkpoint.
+
+        Args:
+            stored: shapes of the checkpoint's tensors, by name; None where there is none (random weights).
+            kernels: waits for what computes with 4-bit weights; None: nothing does, they are to be expanded.
+        """
+        self.kernels = kernels
         self._config = config
         self._placement = placement
         self._stored = stored
@@ -209,6 +226,16 @@ class GPTQLinear:
         self._maker = maker
         self._layer: LinearLayer | None = None
 
+    @property
+    def blocked(self) -> BlockedWeight | None:
+        """See `layers.linear.LinearLayer`."""
+        return self.layer.blocked
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """See `layers.linear.LinearLayer`."""
+        return self.layer.bias
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in_features] → [T, out_features]."""
         return self.layer(x)
@@ -256,6 +283,12 @@ class GPTQLinear:
         biases = [part.bias() for part, _ in parts]
         present = [each for each in biases if each is not None]
         bias = torch.cat(present) if present else None
+        if parts[0][0].scheme.bits == INT4_BITS and (kernels := self._maker.kernels()) is not None:
+            from folovllm.worker_proc.layers.int4_linear import packed_linear
+
+            layer = packed_linear(quantized, bias, kernels)
+            if layer is not None:
+                return layer
         return _expanded(quantized, bias, {part.module: part.size for part, _ in parts}, self._maker.placement)
 
 

@@ -12,6 +12,10 @@ U holds what Gaussian elimination of one column after another would compute, so 
 are treated in blocks of 32: inside one the update follows each column, the columns behind it follow once a block by
 one matrix product, since single columns would read and write the whole weight for each.
 
+Elimination looks ahead only: a column that was rounded early never learns what the later ones could not make up for. So
+every column is rounded twice more, to where the error is least given all others (coordinate descent; it takes a tenth
+off the error of the products).
+
 Columns of large H_ii should come first, while many others can still make up for them. Activation order (`desc_act`)
 sorts all columns so, and deals groups out in that order: whoever computes must permute inputs. Without it, groups stay
 what they are, neighbours, and only the order in which they, and the columns inside each, are rounded follows H_ii:
@@ -27,6 +31,7 @@ from folovllm.worker_proc.quantization.config import WHOLE_INPUT, Scheme
 from folovllm.worker_proc.quantization.storage import Quantized
 
 _BLOCK = 32
+_PASSES = 2
 _SHRINKS = tuple(1.0 - step / 40 for step in range(17))  # scales that are tried: from the full range down to 0.6 of it
 _NEGATIVE = tuple(-shrink for shrink in _SHRINKS)
 _SMALLEST_SCALE = 2.0**-23  # still a number above 0 in float16 after it has shrunk
@@ -81,8 +86,12 @@ def quantize(weight: torch.Tensor, hessian: torch.Tensor, recipe: Recipe) -> Qua
     if not recipe.desc_act:
         order = _within_groups(importance, size)
     upper = _cholesky_of_inverse(curvature[order][:, order], recipe.damping)
-    columns = _Columns(work[order], upper.diagonal() ** -2, recipe.scheme)
+    ordered = work[order]
+    columns = _Columns(ordered.clone(), importance[order], recipe.scheme)
     columns.round_all(upper)
+    curvature.diagonal().add_(recipe.damping * importance.mean())
+    for _ in range(_PASSES):
+        columns.improve(ordered, curvature[order][:, order])
     numbers, groups = torch.empty_like(columns.numbers), torch.empty_like(order)
     numbers[order] = columns.numbers
     zeros, scales = torch.stack(columns.zeros), torch.stack(columns.scales)
@@ -133,7 +142,7 @@ class _Columns:
     """
 
     def __init__(self, work: torch.Tensor, importance: torch.Tensor, scheme: Scheme) -> None:
-        """`work`: float32 [K, N], which is changed; `importance`: of each input's error, in the choice of scales."""
+        """`work`: float32 [K, N], which is changed; `importance`: of each input, in the choice of scales."""
         self._work, self._importance, self._sym = work, importance, scheme.sym
         self._top = 2**scheme.bits - 1
         self._group_size = work.shape[0] if scheme.group_size == WHOLE_INPUT else scheme.group_size
@@ -154,6 +163,31 @@ class _Columns:
                 errors[column - start] = error
                 work[column:end].addr_(upper[column, column:end], error, alpha=-1)
             work[end:].addmm_(upper[start:end, end:].t(), errors, alpha=-1)
+
+    def improve(self, exact: torch.Tensor, curvature: torch.Tensor) -> None:
+        """Rounds every column once more, to where the error is least given all other columns as they are by now.
+
+        Scales and zeros stay.
+
+        Args:
+            exact: the weight [K, N].
+            curvature: H [K, K].
+        """
+        groups = torch.arange(len(exact), device=exact.device) // self._group_size
+        zeros, scales = torch.stack(self.zeros).float()[groups], torch.stack(self.scales).float()[groups]
+        pull = curvature @ (exact - (self.numbers.float() - zeros) * scales)  # minus half the error's gradient
+        for start in range(0, len(exact), _BLOCK):
+            end = min(start + _BLOCK, len(exact))
+            moves = torch.empty_like(exact[start:end])
+            for column in range(start, end):
+                scale, old = scales[column], self.numbers[column].float()
+                wanted = old + pull[column] / curvature[column, column] / scale
+                new = wanted.round_().clamp_(0, self._top)
+                self.numbers[column] = new.to(torch.uint8)
+                moves[column - start] = (new - old) * scale
+                pull[column:end].addr_(curvature[column:end, column], moves[column - start], alpha=-1)
+            pull[:start].addmm_(curvature[:start, start:end], moves, alpha=-1)
+            pull[end:].addmm_(curvature[end:, start:end], moves, alpha=-1)
 
     def _begin_group(self, column: int, start: int, errors: torch.Tensor, upper: torch.Tensor) -> None:
         """Chooses the scales of the group that begins at `column`, for its columns as they are by now.

@@ -1,23 +1,50 @@
 """Which maker of linear layers serves which quantization method. Another method is another file and a line here."""
 
+import importlib.util
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from folovllm.common.config import use_cpu_kernels
 from folovllm.common.model_config import ModelConfig, QuantizationMethod
 from folovllm.worker_proc.device import Placement
-from folovllm.worker_proc.layers.linear import DenseLinears, LinearMaker
-from folovllm.worker_proc.quantization.config import read_gptq_config
-from folovllm.worker_proc.quantization.gptq import GPTQLinears
+from folovllm.worker_proc.kernels.cpu.background import Compiler
+from folovllm.worker_proc.layers.int4_layout import Int4Layout
+from folovllm.worker_proc.layers.linear import DenseLinears, LinearMaker, can_pack
+from folovllm.worker_proc.quantization.config import WHOLE_INPUT, Scheme, read_gptq_config
+from folovllm.worker_proc.quantization.gptq import INT4_BITS, GPTQLinears
 from folovllm.worker_proc.weights import stored_shapes
+
+if TYPE_CHECKING:
+    from folovllm.worker_proc.kernels.cpu.team import Team
+    from folovllm.worker_proc.layers.int4_linear import Int4Kernels
 
 Shapes = Mapping[str, tuple[int, ...]]  # of a checkpoint's tensors, by name
 
 
 def _gptq(fields: Mapping[str, Any], placement: Placement, stored: Shapes | None) -> LinearMaker:
-    return GPTQLinears(read_gptq_config(fields), placement, stored)
+    config = read_gptq_config(fields)
+    return GPTQLinears(config, placement, stored, _int4_kernels(placement, config.scheme))
+
+
+def _int4_kernels(placement: Placement, scheme: Scheme) -> "Callable[[], Int4Kernels | None]":
+    """Begins to compile what computes with 4-bit weights, while they are read; what is returned waits for it."""
+    bfloat16 = torch.empty(0, dtype=placement.dtype, device=placement.device)
+    if not can_pack(bfloat16) or not use_cpu_kernels() or importlib.util.find_spec("llvmlite") is None:
+        return lambda: None
+    compiler = Compiler()
+
+    def make(team: "Team") -> "Int4Kernels":
+        from folovllm.worker_proc.layers.int4_linear import Int4Kernels
+
+        kernels = Int4Kernels(team, compiler.cache)
+        if scheme.bits == INT4_BITS and scheme.group_size != WHOLE_INPUT:
+            kernels.product(Int4Layout(scheme.group_size, not scheme.sym))
+        return kernels
+
+    return compiler.begin("products with 4-bit weights", make).wait
 
 
 METHODS: dict[QuantizationMethod, Callable[[Mapping[str, Any], Placement, Shapes | None], LinearMaker]] = {

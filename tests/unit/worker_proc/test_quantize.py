@@ -13,9 +13,9 @@ import torch
 from folovllm.common.model_config import read_model_config
 from folovllm.common.quantize_job import QuantizeJob, begin_job, work_folder
 from folovllm.worker_proc import quantize
-from folovllm.worker_proc.quantization import quantizer
 from folovllm.worker_proc.device import Placement
 from folovllm.worker_proc.models.registry import build_model
+from folovllm.worker_proc.quantization import quantizer
 from folovllm.worker_proc.quantization.calibration import perplexity
 from folovllm.worker_proc.quantization.registry import linear_maker
 from folovllm.worker_proc.weights import load_weights

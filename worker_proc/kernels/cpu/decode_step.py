@@ -29,8 +29,8 @@ from folovllm.worker_proc.kernels.cpu.gemv import (
     FLOAT_BYTES,
     LANES,
     ROW_COUNTS,
-    Products,
     ProductShape,
+    products_of,
     share,
     widen_row,
 )
@@ -168,7 +168,7 @@ class _Step:
     def __init__(self, kernel: Kernel, shape: StepShape) -> None:
         self.k, self.shape, self.sizes = kernel, shape, StepSizes.of(shape)
         layouts = dict.fromkeys(product.layout for product in shape.products)
-        self.products = {layout: Products(kernel, layout) for layout in layouts}
+        self.products = {layout: products_of(kernel, layout) for layout in layouts}
         self.norm = norm_function(kernel, shape.hidden, shape.eps, shape.kind)
         self.rotate = _rotate_function(kernel, shape)
         self.rows, self.row_count = kernel.argument(ROWS), kernel.argument(ROW_COUNT)

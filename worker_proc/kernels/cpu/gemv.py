@@ -14,8 +14,10 @@ A row's result does not depend on how many rows there are: every output adds its
 import dataclasses
 from typing import Any, Final
 
+from folovllm.worker_proc.kernels.cpu.int4 import Int4Products
 from folovllm.worker_proc.kernels.cpu.llvm import F32, Inner, Kernel
 from folovllm.worker_proc.layers.blocked import BlockedWeight, BlockLayout
+from folovllm.worker_proc.layers.int4_layout import PER_WORD, Int4Layout
 
 ROW_COUNTS: Final = (1, 2, 4)  # there is code for; others take the next larger
 LANES: Final = 16
@@ -53,7 +55,7 @@ class ProductShape:
     out_features: int
     in_features: int
     padded_in: int
-    layout: BlockLayout
+    layout: BlockLayout | Int4Layout
 
     @classmethod
     def of(cls, weight: BlockedWeight) -> "ProductShape":
@@ -70,7 +72,8 @@ class ProductShape:
     @property
     def is_supported(self) -> bool:
         """Whether inputs are whole vectors, and a block whole turns of the loop."""
-        return self.in_features % LANES == 0 and self.padded_in % (_UNROLL * self.layout.group) == 0
+        turn = PER_WORD if isinstance(self.layout, Int4Layout) else _UNROLL * self.layout.group
+        return self.in_features % LANES == 0 and self.padded_in % turn == 0
 
 
 def row_count(rows: int) -> int:
@@ -81,7 +84,7 @@ def row_count(rows: int) -> int:
 def build_product(shape: ProductShape) -> Kernel:
     """`out = x · weightᵀ + bias` for a few rows; the arguments are named above."""
     k = Kernel("product")
-    products = Products(k, shape.layout)
+    products = products_of(k, shape.layout)
     thread, num_threads = k.call_int(k.argument(THREAD_NUM)), k.argument(NUM_THREADS)
     own_size = ROW_COUNTS[-1] * shape.padded_in * FLOAT_BYTES
     own = k.sum(k.argument(OWN), k.product(thread, k.integer(own_size)))
@@ -111,6 +114,13 @@ def widen_row(k: Kernel, source: Any, target: Any, size: int, kind: str) -> None
     with k.loop(k.integer(0), k.integer(size // LANES)) as part:
         place = k.product(part, k.integer(LANES))
         k.store(k.load_floats(source, place, LANES, kind), target, place, F32, LANES)
+
+
+def products_of(kernel: Kernel, layout: BlockLayout | Int4Layout) -> "Products | Int4Products":
+    """The functions for weights of a layout, in the module of `kernel`."""
+    if isinstance(layout, Int4Layout):
+        return Int4Products(kernel, layout)
+    return Products(kernel, layout)
 
 
 class Products:

@@ -16,7 +16,7 @@ from folovllm.worker_proc.kernels.cpu.llvm import Compiled
 from folovllm.worker_proc.kernels.cpu.team import Team
 from folovllm.worker_proc.kv_tensors import KVTensors
 from folovllm.worker_proc.layers.blocked import BlockedWeight
-from folovllm.worker_proc.layers.linear import Linear, LinearLayer
+from folovllm.worker_proc.layers.linear import LinearLayer
 from folovllm.worker_proc.layers.parts import LayerParts, NetworkParts
 
 MAX_ROWS = ROW_COUNTS[-1]
@@ -31,9 +31,7 @@ class _Product:
 
     @classmethod
     def of(cls, layer: LinearLayer) -> "_Product | None":
-        if not isinstance(layer, Linear) or layer.blocked is None:
-            return None
-        return cls(layer.blocked, layer.bias)
+        return None if layer.blocked is None else cls(layer.blocked, layer.bias)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ import torch
 
 from folovllm.worker_proc.device import Placement
 from folovllm.worker_proc.layers import blocked
-from folovllm.worker_proc.layers.blocked import BlockedWeight, look_into
+from folovllm.worker_proc.layers.blocked import BlockedWeight, BlockLayout, look_into
 from folovllm.worker_proc.layers.linear import Linear, can_pack
 
 SIZES = [(64, 64), (960, 576), (100, 70), (200, 33), (16, 96), (199, 64), (1, 32)]
@@ -25,6 +25,7 @@ def numbers_of(weight: BlockedWeight, packed: torch.Tensor) -> torch.Tensor:
     import ctypes
 
     layout = weight.layout
+    assert isinstance(layout, BlockLayout)
     size = weight.num_blocks * layout.width * weight.padded_in
     assert size * 2 == torch.ops.mkldnn._nbytes(packed)
     memory = torch.frombuffer((ctypes.c_int16 * size).from_address(weight.address), dtype=torch.bfloat16)
