@@ -163,6 +163,30 @@ def compare_cpu(content: dict[str, Any]) -> str:
     return "\n\n".join([*shown, "\n".join(f"* {remark}" for remark in remarks(content))])
 
 
+def cpu_decode(result: dict[str, Any]) -> str:
+    limit = (
+        f"{result['threads']} threads read {result['read_gb_per_s']} GB/s: the weights' "
+        f"{result['weight_bytes'] / 1e6:.0f} MB take {result['limit_ms']} ms."
+    )
+    rows = result["rows"]
+    headers = ["requests", "`LLM.generate`, tokens/s", "ms a step", "of the limit", "bare step, ms", "of the limit"]
+    first = [
+        [
+            row["requests"],
+            row["engine_tokens_per_s"],
+            row["engine_ms"],
+            f"{row['engine_percent_of_limit']} %",
+            row["step_ms"],
+            f"{row['step_percent_of_limit']} %",
+        ]
+        for row in rows
+    ]
+    parts = ["products", "attention", "logits", "rest", "torch"]
+    second = [[row["requests"], row["step_ms"], *(row[f"{part}_ms"] for part in parts)] for row in rows]
+    names = ["requests", "bare step, ms", *parts[:-1], "by torch's operators"]
+    return f"{limit}\n\n{table(headers, first)}\n\n{table(names, second)}"
+
+
 def of_result(section: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any]], str]:
     return lambda content: section(content["result"])
 
@@ -230,6 +254,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "m5": of_result(m5),
     "m6": of_result(m6),
     "startup": of_result(startup),
+    "cpu_decode": of_result(cpu_decode),
     "core_step": core_step,
     "grammar": grammar,
     "server_overhead": server_overhead,
