@@ -177,46 +177,56 @@ def options() -> argparse.ArgumentParser:
 
 def shown_command(given: argparse.Namespace) -> str:
     """The command without the paths of this machine."""
-    paths = {**given.python, **given.form}
-    words = [f"{word.partition('=')[0]}=PATH" if word.partition("=")[0] in paths else word for word in sys.argv[1:]]
+    named = [*given.python.items(), *given.form.items()]
+    shown = {word: f"{name}=PATH" for word in sys.argv[1:] for name, _ in named if word.startswith(f"{name}=")}
+    words = [shown.get(word, word) for word in sys.argv[1:]]
     return " ".join(["python -m bench.compare_cpu", *words])
 
 
+def result(
+    given: argparse.Namespace, opening: Opening, rounds: Rounds, measured: dict[str, list[Any]]
+) -> dict[str, Any]:
+    """What the result's file holds beside the machine."""
+    return {
+        "command": shown_command(given),
+        "rounds": len(measured["limits"]),
+        "threads": given.threads,
+        **rounds.result(),
+        "limits": measured["limits"],
+        "versions": opening.versions,
+        "not_run": opening.not_run,
+        "starts": {"generate_s": measured["generate_s"], "first_token_s": opening.first_token_s},
+    }
+
+
 def main() -> None:
-    given = options().parse_args()
+    parser = options()
+    given = parser.parse_args()
+    if given.rounds < 1:
+        parser.error(f"--rounds {given.rounds} must be at least 1")
     model = resolve(given.model)
     read_model_config(model)  # says at once if this engine cannot take it
     if given.quick:
         given.rounds, given.warm_up_s = 1, 0.0
     works = [work for work in (QUICK if given.quick else WORKS) if work.name in given.works]
     opening = Opening(given, model, works)
-    limits: list[dict[str, float]] = []
-    starts_s: list[float] = []
+    name = given.result + ("-quick" if given.quick else "")
+    measured: dict[str, list[Any]] = {"limits": [], "generate_s": []}
+    content: dict[str, Any] = {}
     with opening.opened() as peers:
         rounds = Rounds(peers, works, given.seed)
         for turn in range(given.rounds):
-            limits.append(measure_limits(model, given.threads))
+            measured["limits"].append(measure_limits(model, given.threads))
             if (model / "tokenizer.json").exists():
-                starts_s.append(generate_s(model, given.threads))
+                measured["generate_s"].append(generate_s(model, given.threads))
             rounds.run(turn)
-    content = {
-        "command": shown_command(given),
-        "model": model.name,
-        "rounds": given.rounds,
-        "threads": given.threads,
-        **rounds.result(),
-        "limits": limits,
-        "versions": opening.versions,
-        "not_run": opening.not_run,
-        "starts": {"generate_s": starts_s, "first_token_s": opening.first_token_s},
-    }
+            content = result(given, opening, rounds, measured)
+            write_json(name, content)  # each round anew: a run that is broken off has something to show
     print(machine()["processor"])
     for table in tables(content):
         print(f"\n{table.title}")
         print_table(table.headers, table.rows)
     print("", *remarks(content), sep="\n")
-    name = given.result + ("-quick" if given.quick else "")
-    write_json(name, content)
     plot(content, name, quick=given.quick)
 
 

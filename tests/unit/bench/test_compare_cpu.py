@@ -85,13 +85,21 @@ def test_every_work_is_warmed_up_with_few_tokens(made: list[FakeProcess]) -> Non
 
 
 def test_paths_are_given_by_name_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["--python", "vllm=/somewhere/bin/python", "--form", "llama_cpp=/elsewhere/model.gguf", "--rounds", "2"]
+    words = [
+        "--python",
+        "vllm=/somewhere/bin/python",
+        "--form",
+        "llama_cpp=/elsewhere/model.gguf",
+        "--engines",
+        "own",
+        "vllm",
+    ]
     monkeypatch.setattr(sys, "argv", ["compare_cpu.py", *words])
     arguments = given(*words)
     assert arguments.python == {"vllm": "/somewhere/bin/python"}
     assert arguments.form == {"llama_cpp": "/elsewhere/model.gguf"}
     shown = compare_cpu.shown_command(arguments)
-    assert shown == "python -m bench.compare_cpu --python vllm=PATH --form llama_cpp=PATH --rounds 2"
+    assert shown == "python -m bench.compare_cpu --python vllm=PATH --form llama_cpp=PATH --engines own vllm"
     assert given().python == {}
 
 
