@@ -146,18 +146,7 @@ class CoreProcess:
         pool = BlockPool(ready.num_blocks)
         manager = KVCacheManager(pool, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
         _log_pool(manager.capacity_tokens, config.block_size, max_model_len)
-        scheduler = Scheduler(
-            kv_cache_manager=manager,
-            queue=RequestQueue(config.scheduling_policy),
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_model_len=max_model_len,
-            bounds=ChunkBounds(
-                config.long_prefill_token_threshold,
-                config.max_num_partial_prefills,
-                None if config.target_itl_ms is None else config.target_itl_ms / 1000,
-            ),
-        )
+        scheduler = _scheduler(config, manager, max_model_len)
         welcome = _welcome(config, ready, manager, max_model_len, num_valid_token_ids)
         self._frontends = Frontends(self._socket, welcome)
         self._waiter.add(self._socket)
@@ -268,6 +257,21 @@ def _resolve_limits(config: EngineConfig) -> tuple[int, int]:
         )
     known = model.vocab_size if config.num_valid_token_ids is None else config.num_valid_token_ids
     return max_model_len, min(known, model.vocab_size)
+
+
+def _scheduler(config: EngineConfig, manager: KVCacheManager, max_model_len: int) -> Scheduler:
+    return Scheduler(
+        kv_cache_manager=manager,
+        queue=RequestQueue(config.scheduling_policy),
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=max_model_len,
+        bounds=ChunkBounds(
+            config.long_prefill_token_threshold,
+            config.max_num_partial_prefills,
+            None if config.target_itl_ms is None else config.target_itl_ms / 1000,
+        ),
+    )
 
 
 def _welcome(
