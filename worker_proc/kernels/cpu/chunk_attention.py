@@ -179,10 +179,10 @@ class ChunkPlan:
 
 def cut_into_tiles(shape: HeadShape, chunks: Sequence[Chunk], num_threads: int) -> npt.NDArray[np.int64]:
     """[N, 7] tiles, the costliest first; _BLOCKS is a row of the block table still."""
-    vectors = sum(-(-chunk.length * shape.group // LANES) for chunk in chunks) * shape.num_kv_heads
-    if vectors >= _PLENTY * MAX_VECTORS * num_threads:
+    vectors = [-(-chunk.length * shape.group // LANES) for chunk in chunks]  # of one head
+    if sum(vectors) * shape.num_kv_heads >= _PLENTY * MAX_VECTORS * num_threads:
         return _cut(shape, chunks, MAX_VECTORS)[0]
-    cuts = (_cut(shape, chunks, size) for size in range(1, MAX_VECTORS + 1))
+    cuts = (_cut(shape, chunks, size) for size in range(1, min(MAX_VECTORS, max(vectors)) + 1))
     return min(cuts, key=lambda cut: _time(cut[1], num_threads))[0]
 
 

@@ -33,15 +33,17 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_kernel_for_sixteen_bits(config: ModelConfig, dtype: torch.dtype) -> None:
-    kernel = CpuKernels(config, 16, Placement(CPU, dtype)).attention.wait()
-    assert kernel is not None
-    assert kernel.shape.head_dim == 64
+    kernels = CpuKernels(config, 16, Placement(CPU, dtype))
+    for kernel in (kernels.attention.wait(), kernels.chunks.wait()):
+        assert kernel is not None
+        assert kernel.shape.head_dim == 64
 
 
 def test_none_for_float32_or_shapes_without_one(config: ModelConfig) -> None:
     for block_size, placement in ((16, Placement(CPU, torch.float32)), (8, BFLOAT16)):
         kernels = CpuKernels(config, block_size, placement)
         assert kernels.attention.is_known and kernels.attention() is None
+        assert kernels.chunks.is_known and kernels.chunks() is None
         model = build_model(config, placement, 64)
         steps = kernels.begin_network(model.parts(), KVTensors(config, 2, block_size, placement))
         assert steps.is_known and steps() is None

@@ -25,6 +25,7 @@ from folovllm.worker_proc.kernels.cpu.chunk_attention import (
     cut_into_tiles,
 )
 from folovllm.worker_proc.kernels.cpu.chunk_products import Form, best_form
+from folovllm.worker_proc.kernels.cpu.code_cache import CodeCache
 from folovllm.worker_proc.kernels.cpu.decode_attention import HeadShape
 from folovllm.worker_proc.kernels.cpu.llvm import prepare
 from folovllm.worker_proc.kernels.cpu.team import find_team
@@ -44,28 +45,33 @@ KERNELS = [
 FEATURE = {Form.AMX: "amx-bf16", Form.PAIRS: "avx512bf16"}
 
 
-def compiled(shape: HeadShape, form: Form | None = None) -> ChunkAttention:
+def compiled(shape: HeadShape, form: Form | None = None, cache: CodeCache | None = None) -> ChunkAttention:
     team = find_team()
     if team is None:
         pytest.skip("this torch does not use GNU's OpenMP")
     if form in FEATURE and not llvm.get_host_cpu_features().get(FEATURE[form]):
         pytest.skip(f"this processor has no {FEATURE[form]}")
     prepare()
-    kernel = ChunkAttention(shape, team, form=form)
+    kernel = ChunkAttention(shape, team, cache, form=form)
     if form is not None and kernel.form is not form:
         pytest.skip("this system does not allow tiles")
     return kernel
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> CodeCache:
+    return CodeCache(tmp_path_factory.mktemp("kernels"))
+
+
 @pytest.fixture(scope="module", params=KERNELS, ids=lambda pair: f"{pair[1].value}-{pair[0]}")
-def kernel(request: pytest.FixtureRequest) -> ChunkAttention:
+def kernel(request: pytest.FixtureRequest, cache: CodeCache) -> ChunkAttention:
     shape, form = request.param
-    return compiled(shape, form)
+    return compiled(shape, form, cache)
 
 
 @pytest.fixture(scope="module")
-def smollm() -> ChunkAttention:
-    return compiled(SMOLLM)
+def smollm(cache: CodeCache) -> ChunkAttention:
+    return compiled(SMOLLM, cache=cache)
 
 
 @dataclasses.dataclass
