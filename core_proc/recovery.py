@@ -15,7 +15,9 @@ from folovllm.core_proc.scheduler import Scheduler
 from folovllm.core_proc.supervisor import Supervisor
 from folovllm.core_proc.tracing import Recorder
 
-_FINAL = ("ConfigError", "ModelError")  # the next start would find the same
+# The model's files have changed: the next start would find the same. Options have not, and were right for the first
+# worker: a ConfigError is about what the machine has left, and the old worker's memory may come back.
+_FINAL = "ModelError"
 
 logger = get_logger(__name__)
 
@@ -49,7 +51,7 @@ class Recovery:
 
     def _replace(self, lost: WorkerLost, now_s: float) -> list[Request]:
         in_flight = self._scheduler.lose_worker()
-        is_final = lost.report is not None and lost.report.error_type in _FINAL
+        is_final = lost.report is not None and lost.report.error_type == _FINAL
         decision = self._supervisor.lost(in_flight, now_s, is_final=is_final)
         if decision.give_up:
             raise _end_of_engine(lost, decision.give_up)

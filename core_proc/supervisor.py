@@ -5,7 +5,7 @@
   crash at every step look rare.
 * A request that was in flight at two ends, at the same place, is suspected, and runs alone (`isolation`); if it is in
   flight, alone, at a third one, it fails, and nobody else. One end proves nothing: most have causes outside.
-* A worker that cannot start because an option or the model is wrong would not start the next time either.
+* A worker that cannot start because the model's files are not what they were would not start the next time either.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ class Supervisor:
         Args:
             in_flight: who was in the steps that it had not answered.
             now_s: when.
-            is_final: the start failed for a cause that does not go away, such as a wrong option.
+            is_final: the start failed for a cause that does not go away, such as a missing file.
         """
         was_ready = self._ready_s is not None
         if self._ready_s is not None and now_s - self._ready_s >= SERVED_LONG_S:

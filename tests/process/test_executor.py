@@ -136,9 +136,10 @@ def test_L36_a_worker_that_never_answers_a_step_is_killed_and_replaced(
     executor: Executor, worker: WorkerControl, waiter: Waiter
 ) -> None:
     assert executor.check([], 10 * STEP_BOUND_S) is None  # nothing is owed
-    assert executor.tick_ms is None
+    ticks = [executor.tick_ms]
     executor.submit(SchedulerOutput(0, b""), 100.0)
-    assert executor.tick_ms == 1000
+    ticks.append(executor.tick_ms)
+    assert ticks == [None, 1000]
     assert executor.check([], 100.0 + STEP_BOUND_S) is None
     turns = Turns(executor, waiter)
     turns.now_s = 101.0 + STEP_BOUND_S

@@ -125,7 +125,7 @@ LINKS: list[tuple[Any, list[msgspec.Struct]]] = [
             Welcome("m", 4096, 1000, 16, 63, 256, "cpu", "float32", "0.1"),
             EngineCoreOutputs(),
             EngineCoreOutputs(IDS, IDS, [FINISHED], [REJECTED], IDS, LOGPROBS, [RequestPromptLogprobs(1, 2, LOGPROBS)]),
-            EngineStats(*range(17)),
+            EngineStats(*range(18)),
             SNAPSHOT,
             Ping(),
             EngineFailed("gone"),

@@ -113,20 +113,24 @@ def test_an_engine_that_gives_up_ends_with_the_cause_and_starts_nothing() -> Non
 @pytest.mark.parametrize("was_ready", [False, True])
 def test_a_workers_own_words_are_passed_on(was_ready: bool) -> None:
     setup = Setup()
-    report = Failed("worker-0", "ConfigError", "no such device", "Traceback: ...")
+    report = Failed("worker-0", "ModelError", "no such tensor", "Traceback: ...")
     setup.happen(KILLED)
     if was_ready:  # then it is no failed start
         setup.happen(READY)
-        assert setup.happen(WorkerLost("worker-0: ConfigError: no such device", report, was_ready=True)) == []
+        assert setup.happen(WorkerLost("worker-0: ModelError: no such tensor", report, was_ready=True)) == []
         return
     with pytest.raises(WorkerFailedError) as caught:
-        setup.happen(WorkerLost("worker-0: ConfigError: no such device", report, was_ready=False))
-    assert caught.value.report.message == "no such device (a new worker cannot start)"
+        setup.happen(WorkerLost("worker-0: ModelError: no such tensor", report, was_ready=False))
+    assert caught.value.report.message == "no such tensor (a new worker cannot start)"
     assert caught.value.report.traceback == report.traceback
 
 
-def test_a_start_that_fails_for_another_cause_is_tried_again() -> None:
+@pytest.mark.parametrize(
+    "report",
+    [None, Failed("worker-0", "ConfigError", "the KV cache would take 9 MiB, but only 8 MiB can be taken", "")],
+)
+def test_a_start_that_fails_for_another_cause_is_tried_again(report: Failed | None) -> None:
     setup = Setup()
     setup.happen(KILLED, 1.0)
-    setup.happen(WorkerLost("worker-0 ended with exit code 1", None, was_ready=False), 2.0)
+    setup.happen(WorkerLost("worker-0 ended with exit code 1", report, was_ready=False), 2.0)
     assert setup.executor.restarted_at == [1.0, 2.0]
