@@ -5,8 +5,10 @@ One product for q, k and v (and one for gate and up) reads the activations once 
 On the CPU a bf16 weight is packed once, after loading, into the blocked layout that oneDNN multiplies fastest. Without
 it oneDNN rearranges the weight inside every call: on 2 cores with AVX-512 (Zen 4) the packed form takes 0.45 to 0.7
 times as long for 1 to 8 rows, 0.55 to 0.85 times for 16 to 64 rows, and never longer. The row-major weight is dropped
-then, so memory does not grow (but for a tied head: its embedding stays as it is). One form for every row count also
-means that nothing is chosen by a stopwatch, which could let one request come out differently from start to start.
+then, so memory does not grow (but for a tied head: its embedding stays as it is). With AMX (2 cores of an Emerald
+Rapids) packed and `matmul(weight, xᵀ)` of a row-major weight are equally fast from 2 rows on; for 1 row packed takes
+0.7 times as long. Steps of a few rows read the packed weight too (`kernels.cpu.gemv`). One form for every row count
+also means that nothing is chosen by a stopwatch, which could let one request come out differently from start to start.
 """
 
 import itertools
@@ -190,9 +192,9 @@ class Linear:
 def in_equal_parts(product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """`product` of always the same number of rows, the last part filled up with zeros: [T, in] → [T, out].
 
-    How oneDNN cuts a sum over the inputs depends on the number of rows (seen with AMX: 1 to 32 rows of 576 inputs add up
-    in another order than 33 and more), but not on a row's place among them. 32 rows at once cost 1.1 times what one
-    does; a prompt of 1,024 tokens reads the weights 32 times from the cache.
+    How oneDNN cuts a sum over the inputs depends on the number of rows (seen with AMX: 1 to 32 rows of 576 inputs add
+    up in another order than 33 and more), but not on a row's place among them. With AMX 16 rows take as long as one, 64
+    take 1.4 times as long; a prompt of 1,024 tokens reads the weights 32 times, from the cache.
     """
     outputs = []
     for part in x.split(_EQUAL_ROWS):

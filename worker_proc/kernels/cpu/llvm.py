@@ -426,6 +426,7 @@ class Compiled:
         made_for = (text, cpu, features, llvmlite.__version__, str(llvm.llvm_version_info), str(_VERSION))
         code = None if cache is None else cache.find(made_for)
         if code is None:
+            logger.info("compiling %s for %s, once; torch's operators serve meanwhile", kernel.function.name, cpu)
             began = time.perf_counter()
             code = _machine_code(text, machine)
             logger.info("compiled %s for %s in %.1f s", kernel.function.name, cpu, time.perf_counter() - began)
