@@ -51,11 +51,6 @@ class WorkerLost(NamedTuple):
     was_ready: bool
 
 
-class _StepInFlight(NamedTuple):
-    step_id: int
-    submitted_s: float
-
-
 class _Ending(NamedTuple):
     """A worker that is to end, or has ended at `ended_s`; `fault` is what it is ended for, "" if it ends by itself."""
 
@@ -80,7 +75,8 @@ class Executor:
         self._worker_module = worker_module
         self._step_bound_s = step_bound_s
         self._start_bound_s = step_bound_s
-        self._in_flight: deque[_StepInFlight] = deque()
+        self._in_flight: deque[int] = deque()  # step ids
+        self._owed_since_s: float | None = None  # the oldest of them; None until `check` knows
         self._is_refused = False
         self._ending: _Ending | None = None
         self._started_s = 0.0
@@ -143,7 +139,9 @@ class Executor:
 
     def submit(self, step: SchedulerOutput, now_s: float) -> None:
         """Sends one step; a worker that is gone shows in `check`."""
-        self._in_flight.append(_StepInFlight(step.step_id, now_s))
+        if not self._in_flight:
+            self._owed_since_s = now_s
+        self._in_flight.append(step.step_id)
         try:
             self._link.send(step)
         except zmq.ZMQError as error:
@@ -153,14 +151,16 @@ class Executor:
         """The results that have arrived, oldest step first; what else the worker says takes effect, too."""
         assert self._configure is not None, "not started"
         for identity, output in self._link.receive(self._configure):
-            if not self._in_flight or output.step_id != self._in_flight[0].step_id:
+            if not self._in_flight or output.step_id != self._in_flight[0]:
                 self._link.refuse(identity, f"step {output.step_id} is not the one to be answered next")
                 continue
-            step = self._in_flight.popleft()
+            self._in_flight.popleft()
             yield output
             if self._is_refused:
-                self._in_flight.appendleft(step)
+                self._in_flight.appendleft(output.step_id)
                 self._is_refused = False
+            else:
+                self._owed_since_s = None
 
     def refuse(self, reason: str) -> None:
         """The result that `collect` gave last cannot be the step's: the worker still owes one."""
@@ -209,8 +209,10 @@ class Executor:
             return _words(self._link.report)
         if self._link.ready is None and now_s - self._started_s > self._start_bound_s:
             return f"{WORKER_NAME} was not ready after {self._start_bound_s:.0f} s"
-        if self._in_flight and now_s - self._in_flight[0].submitted_s > self._step_bound_s:
-            return f"{WORKER_NAME} has not answered step {self._in_flight[0].step_id} for {self._step_bound_s:.0f} s"
+        if self._owed_since_s is None:  # the worker has begun with it when it had done the one before
+            self._owed_since_s = now_s
+        if self._in_flight and now_s - self._owed_since_s > self._step_bound_s:
+            return f"{WORKER_NAME} has not answered step {self._in_flight[0]} for {self._step_bound_s:.0f} s"
         return ""
 
     def _end(self, fault: str, now_s: float, grace_s: float = _GRACE_S) -> None:

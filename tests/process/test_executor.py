@@ -152,6 +152,18 @@ def test_L36_a_worker_that_never_answers_a_step_is_killed_and_replaced(
     assert collect(executor) == [ModelRunnerOutput(1)]
 
 
+def test_a_steps_time_begins_when_the_one_before_is_done(executor: Executor, worker: WorkerControl) -> None:
+    for step_id in range(2):
+        executor.submit(SchedulerOutput(step_id, b""), 0.0)
+    worker.answer(ModelRunnerOutput(0))
+    assert collect(executor) == [ModelRunnerOutput(0)]
+    for now_s in (0.9 * STEP_BOUND_S, 1.8 * STEP_BOUND_S):
+        assert executor.check([], now_s) is None
+        assert executor.is_ready
+    executor.check([], 2.0 * STEP_BOUND_S)
+    assert not executor.is_ready
+
+
 def test_a_worker_that_is_gone_is_replaced_and_what_it_owed_is_forgotten(
     executor: Executor, worker: WorkerControl, waiter: Waiter
 ) -> None:
