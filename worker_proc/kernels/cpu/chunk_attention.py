@@ -225,7 +225,7 @@ class _Scratch:
             "peaks": MAX_VECTORS * VECTOR_BYTES,
             "sums": MAX_VECTORS * VECTOR_BYTES,
             "limits": MAX_VECTORS * VECTOR_BYTES,
-            "subs": KEYS // SUB * 8,
+            "subs": 2 * KEYS // SUB * 8,
             "tile_shapes": 128,
             "nowhere": shape.head_dim * 4,
         }
@@ -328,8 +328,9 @@ class _Tile:
         num_keys = self.k.smaller(k.builder.sub(self.end, first), k.integer(KEYS))
         num_subs = k.builder.lshr(k.sum(num_keys, k.integer(SUB - 1)), k.integer(4))
         num_paired = k.builder.lshr(k.sum(num_keys, k.integer(PAIRED - 1)), k.integer(5))
-        with k.loop(k.integer(0), num_subs) as sub:
-            key = k.sum(first, k.product(sub, k.integer(SUB)))
+        last = k.builder.sub(self.end, k.integer(1))
+        with k.loop(k.integer(0), k.integer(2 * KEYS // SUB)) as sub:  # those of the next 128 keys are fetched ahead
+            key = k.smaller(k.sum(first, k.product(sub, k.integer(SUB))), k.builder.and_(last, k.integer(-SUB)))
             size = k.integer(self.shape.block_size)
             block = k.load(self.blocks, k.builder.udiv(key, size), I64)
             token = k.sum(k.product(block, size), k.builder.urem(key, size))
