@@ -12,6 +12,7 @@ import argparse
 import itertools
 import json
 import pathlib
+import signal
 import statistics
 import subprocess
 import sys
@@ -199,6 +200,11 @@ def result(
     }
 
 
+def end_in_order() -> None:
+    """SIGTERM ends with the engines stopped, as Ctrl-C does: who stands still would stay in memory for ever."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+
+
 def main() -> None:
     parser = options()
     given = parser.parse_args()
@@ -209,6 +215,7 @@ def main() -> None:
     if given.quick:
         given.rounds, given.warm_up_s = 1, 0.0
     works = [work for work in (QUICK if given.quick else WORKS) if work.name in given.works]
+    end_in_order()
     opening = Opening(given, model, works)
     name = given.result + ("-quick" if given.quick else "")
     measured: dict[str, list[Any]] = {"limits": [], "generate_s": []}

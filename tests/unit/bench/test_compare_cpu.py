@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import os
 import pathlib
+import signal
 import sys
 from typing import Any, ClassVar
 
@@ -108,6 +110,17 @@ def test_a_path_for_nobody_is_refused(word: str, capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         given("--python", word)
     assert f"'{word}' is not NAME=PATH with NAME one of own, bare, transformers" in capsys.readouterr().err
+
+
+def test_sigterm_ends_it_through_its_blocks() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        compare_cpu.end_in_order()
+        with pytest.raises(SystemExit) as end:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert end.value.code == 143
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_the_limits_are_measured_in_a_process_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
