@@ -39,8 +39,8 @@ _MAX_LENGTH_RATIO = 2
 class DecodeStep(Protocol):
     """A step's decoding requests in a kernel of one's own."""
 
-    def attend(self, query: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
-        """[R, Hq, D] and `KVTensors.layer` → [R, Hq · D]; K and V of the new tokens are in the cache."""
+    def attend(self, query: torch.Tensor, cache: torch.Tensor, output: torch.Tensor | None = None) -> torch.Tensor:
+        """[R, Hq, D] and `KVTensors.layer` → [R, Hq · D], in `output` if given; the new K and V are in the cache."""
         ...
 
 
@@ -164,8 +164,8 @@ class PagedStep:
             return self._decode(layer, query, self._decode_groups[0])
         output = query.new_empty(query.shape[0], query.shape[1] * query.shape[2])
         if self._decode_step is not None:
-            decodes = query[: self._num_decodes]
-            output[: self._num_decodes] = self._decode_step.attend(decodes, self._kv.layer(layer))
+            decodes = slice(0, self._num_decodes)
+            self._decode_step.attend(query[decodes], self._kv.layer(layer), output[decodes])
         for group in self._decode_groups:
             if group.requests is None:
                 output[: self._num_decodes] = self._decode(layer, query[: self._num_decodes], group)

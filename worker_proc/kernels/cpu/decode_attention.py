@@ -145,10 +145,11 @@ class DecodePlan:
         self._arguments = arguments
         self._address = arguments.ctypes.data
 
-    def attend(self, query: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
-        """[R, Hq, D] (each row contiguous) and one layer's cache → [R, Hq · D]."""
+    def attend(self, query: torch.Tensor, cache: torch.Tensor, output: torch.Tensor | None = None) -> torch.Tensor:
+        """[R, Hq, D] (each row contiguous) and one layer's cache → [R, Hq · D], which is `output` if that is given."""
         shape = self._shape
-        output = query.new_empty(query.shape[0], shape.num_kv_heads * shape.group * shape.head_dim)
+        if output is None:
+            output = query.new_empty(query.shape[0], shape.num_kv_heads * shape.group * shape.head_dim)
         if query.stride(2) != 1 or query.stride(1) != shape.head_dim:
             query = query.contiguous()
         arguments = self._arguments

@@ -113,6 +113,16 @@ def test_what_is_not_a_number_in_ones_own_keys_shows_in_ones_own_row_alone() -> 
     assert torch.equal(found[1], clean[1])
 
 
+def test_it_writes_where_it_is_told_to() -> None:
+    shape = SHAPES[0]
+    query, cache, table = blocks_for(shape, [20, 300], seed=2)
+    plan = make(shape).plan(table, [20, 300], cache)
+    room = torch.zeros(4, query.shape[1] * shape.head_dim, dtype=query.dtype)
+    assert plan.attend(query, cache, room[1:3]).data_ptr() == room[1].data_ptr()
+    assert torch.equal(room[1:3], plan.attend(query, cache))
+    assert not room[0].any() and not room[3].any()
+
+
 def test_queries_whose_heads_are_apart_are_brought_together() -> None:
     shape = SHAPES[0]
     kernel = make(shape)
