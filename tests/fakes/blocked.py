@@ -2,11 +2,17 @@
 
 import torch
 
-from folovllm.worker_proc.layers.blocked import BlockedWeight, BlockLayout
-from folovllm.worker_proc.layers.linear import Linear
+from folovllm.worker_proc.layers.blocked import BlockedWeight, BlockLayout, look_into
+from folovllm.worker_proc.layers.linear import Linear, can_pack
 from folovllm.worker_proc.layers.parts import NetworkParts
 
 INPUT_MULTIPLE = 32
+
+
+def packs_in_blocks() -> bool:
+    """Not without bf16 products (AVX2); with plain AVX-512 oneDNN only turns the weight over."""
+    weight = torch.randn(320, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    return can_pack(weight) and look_into(torch.ops.mkldnn._reorder_linear_weight(weight, 16), weight) is not None
 
 
 def pack_by_hand(weight: torch.Tensor, width: int, group: int) -> tuple[BlockedWeight, torch.Tensor]:

@@ -6,18 +6,18 @@ import torch
 from folovllm.worker_proc.device import Placement
 from folovllm.worker_proc.layers import blocked
 from folovllm.worker_proc.layers.blocked import BlockedWeight, BlockLayout, look_into
-from folovllm.worker_proc.layers.linear import Linear, can_pack
+from folovllm.worker_proc.layers.linear import Linear
+from tests.fakes.blocked import packs_in_blocks
 
 SIZES = [(64, 64), (960, 576), (100, 70), (200, 33), (16, 96), (199, 64), (1, 32)]
-
-needs_packing = pytest.mark.skipif(
-    not can_pack(torch.zeros(16, 16, dtype=torch.bfloat16)), reason="oneDNN packs nothing on this processor"
-)
 
 
 def random_weight(out_features: int, in_features: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(out_features)
     return torch.randn(out_features, in_features, generator=generator).bfloat16()
+
+
+needs_packing = pytest.mark.skipif(not packs_in_blocks(), reason="oneDNN makes no blocks on this processor")
 
 
 def numbers_of(weight: BlockedWeight, packed: torch.Tensor) -> torch.Tensor:

@@ -9,9 +9,9 @@ from folovllm.worker_proc.kernels.cpu import int4
 from folovllm.worker_proc.kernels.cpu.llvm import prepare
 from folovllm.worker_proc.kernels.cpu.team import find_team
 from folovllm.worker_proc.layers.int4_linear import Int4Kernels, Int4Linear, packed_linear
-from folovllm.worker_proc.layers.linear import can_pack
 from folovllm.worker_proc.layers.norm import RMSNorm
 from folovllm.worker_proc.quantization.storage import Quantized
+from tests.fakes.blocked import packs_in_blocks
 
 BFLOAT16 = Placement(torch.device("cpu"), torch.bfloat16)
 
@@ -19,7 +19,7 @@ BFLOAT16 = Placement(torch.device("cpu"), torch.bfloat16)
 @pytest.fixture(scope="module")
 def kernels() -> Int4Kernels:
     team = find_team()
-    if team is None or not can_pack(torch.zeros(16, 16, dtype=torch.bfloat16)):
+    if team is None or not packs_in_blocks():
         pytest.skip("no products in bfloat16 on this machine")
     prepare()
     return Int4Kernels(team, None)
