@@ -134,7 +134,7 @@ class ChunkAttention:
             metadata: the step's; requests after the first `num_decodes` are its chunks, of which it must have one.
             cache: [2, num_kv_heads, num_blocks, block_size, head_dim], one layer's (all have the same shape).
         """
-        return ChunkPlan(self.shape, self._team, self._code.address, metadata, cache)
+        return ChunkPlan(self.shape, self._team, self._code, metadata, cache)
 
 
 class ChunkPlan:
@@ -144,11 +144,11 @@ class ChunkPlan:
         self,
         shape: HeadShape,
         team: Team,
-        function: int,
+        code: Compiled,
         metadata: AttentionMetadata,
         cache: torch.Tensor,
     ) -> None:
-        self._shape, self._team, self._function = shape, team, function
+        self._shape, self._team, self._code = shape, team, code  # code goes when nobody holds it
         self._table = table = metadata.block_table
         self._tiles = cut_into_tiles(shape, chunks_of(metadata), team.num_threads)
         self._tiles[:, _BLOCKS] = table.data_ptr() + self._tiles[:, _BLOCKS] * table.stride(0) * table.itemsize
@@ -174,7 +174,7 @@ class ChunkPlan:
         arguments[_QUERY], arguments[_QUERY_STRIDE] = query.data_ptr(), query.stride(0)
         arguments[_OUTPUT], arguments[_CACHE] = output.data_ptr(), cache.data_ptr()
         self._counter[0] = 0
-        self._team.run(self._function, self._address)
+        self._team.run(self._code.address, self._address)
 
 
 def cut_into_tiles(shape: HeadShape, chunks: Sequence[Chunk], num_threads: int) -> npt.NDArray[np.int64]:

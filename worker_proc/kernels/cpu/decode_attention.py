@@ -111,7 +111,7 @@ class DecodeAttention:
             seq_lens: [R] tokens of each request, the new one included.
             cache: [2, num_kv_heads, num_blocks, block_size, head_dim], one layer's (all have the same shape).
         """
-        return DecodePlan(self.shape, self._team, self._code.address, block_table, seq_lens, cache)
+        return DecodePlan(self.shape, self._team, self._code, block_table, seq_lens, cache)
 
 
 class DecodePlan:
@@ -121,12 +121,12 @@ class DecodePlan:
         self,
         shape: HeadShape,
         team: Team,
-        function: int,
+        code: Compiled,
         block_table: torch.Tensor,
         seq_lens: Sequence[int],
         cache: torch.Tensor,
     ) -> None:
-        self._shape, self._team, self._function = shape, team, function
+        self._shape, self._team, self._code = shape, team, code  # code goes when nobody holds it
         self._table = block_table
         self._parts = cut_into_parts(shape, np.array(seq_lens, np.int64))
         self._ranges = _divide(self._parts[:, _END] - self._parts[:, _BEGIN], team.num_threads)
@@ -155,7 +155,7 @@ class DecodePlan:
         arguments = self._arguments
         arguments[_QUERY], arguments[_QUERY_STRIDE] = query.data_ptr(), query.stride(0)
         arguments[_OUTPUT], arguments[_CACHE] = output.data_ptr(), cache.data_ptr()
-        self._team.run(self._function, self._address)
+        self._team.run(self._code.address, self._address)
         return output
 
     def for_layers(self, query: int, output: int, caches: npt.NDArray[np.int64]) -> tuple[int, npt.NDArray[np.int64]]:
@@ -168,7 +168,7 @@ class DecodePlan:
         shape = self._shape
         arguments[:, _QUERY], arguments[:, _OUTPUT], arguments[:, _CACHE] = query, output, caches
         arguments[:, _QUERY_STRIDE] = shape.num_kv_heads * shape.group * shape.head_dim
-        return self._function, arguments
+        return self._code.address, arguments
 
 
 def cut_into_parts(shape: HeadShape, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
