@@ -5,12 +5,14 @@ M2  requests one by one against continuous batching, 1 to 64 of them; at 16 also
 M3  KV memory: contiguous reservation against paged blocks
 M5  gaps between the tokens of running requests while a long prompt arrives: unchunked, fixed chunks, a target
 M6  reuse of prefixes: time to first token cold and warm, many requests that share one, a conversation
+M7  4-bit weights: memory, load, speed and quality against the unquantized model
 
 python -m bench.milestones            all of them (half an hour)
 python -m bench.milestones --only M2
 """
 
 import argparse
+import pathlib
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +24,7 @@ from bench.chunked_prefill import m5
 from bench.common import machine, print_table, write_json
 from bench.hf_baseline import HFBaseline
 from bench.prefix_reuse import m6
+from bench.quantized import m7
 from bench.workload import Lengths, exactly, mixed_lengths, parser, random_prompts
 from folovllm import LLM
 from folovllm.common.model_config import read_model_config
@@ -219,6 +222,7 @@ MILESTONES: dict[str, Callable[[argparse.Namespace, Sizes], dict[str, Any]]] = {
     "M3": m3,
     "M5": lambda arguments, _: m5(arguments),
     "M6": lambda arguments, _: m6(arguments),
+    "M7": lambda arguments, _: m7(arguments),
 }
 
 
@@ -226,6 +230,7 @@ def main() -> None:
     options = parser("Figures of the milestones.")
     options.set_defaults(repeats=3)
     options.add_argument("--only", nargs="+", choices=sorted(MILESTONES), default=sorted(MILESTONES))
+    options.add_argument("--quantized", type=pathlib.Path, help="M7: a folder of folovllm quantize [made and kept]")
     options.add_argument("--kv-budget-mib", type=int, default=1024, help="M3: a fixed budget")
     arguments = options.parse_args()
     print(machine())

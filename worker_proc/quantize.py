@@ -63,7 +63,7 @@ def run(job: QuantizeJob) -> str:
     if job.quantizer == "gptqmodel":
         from folovllm.worker_proc.quantization.with_gptqmodel import quantize_with_gptqmodel
 
-        before = perplexity(_loaded(source, device), evaluation)
+        before = perplexity(load_model(source, device), evaluation)
         quantize_with_gptqmodel(job)
     else:
         recipe = Recipe(Scheme(job.bits, job.group_size, job.sym), job.desc_act, job.damping)
@@ -71,7 +71,7 @@ def run(job: QuantizeJob) -> str:
         before = perplexity(work.model, evaluation)
         work.round_layers(torch.tensor(job.calibration, device=device), head=job.head)
         write_checkpoint(source, target, work.packed, recipe)
-    after = perplexity(_loaded(target, device), evaluation)
+    after = perplexity(load_model(target, device), evaluation)
     shutil.rmtree(work_folder(target))
     return _report(job, before, after)
 
@@ -146,7 +146,7 @@ def _keep(path: pathlib.Path, rounded: Quantized) -> None:
     aside.rename(path)
 
 
-def _loaded(folder: pathlib.Path, device: torch.device) -> CausalLM:
+def load_model(folder: pathlib.Path, device: torch.device) -> CausalLM:
     """The model in a folder, as an engine would load it."""
     config = read_model_config(folder)
     stored = type_around(config, device, config.dtype or checkpoint_dtype(folder))
