@@ -4,6 +4,7 @@
 
 Prints for each shape (requests, tokens of context, new tokens) the milliseconds of the whole forward with logits and of
 the attention of all its layers. The lower quartile of the runs is shown: what the machine does when it is left alone.
+Attention runs in compiled kernels where there are any ($FOLOVLLM_CPU_KERNELS=torch: in torch's operators).
 """
 
 import argparse
@@ -17,11 +18,12 @@ from folovllm.common.model_config import ModelConfig, read_model_config
 from folovllm.worker_proc.attention.backend import AttentionMetadata
 from folovllm.worker_proc.attention.paged import PagedBackend
 from folovllm.worker_proc.device import Placement, choose_device, describe_device, resolve_dtype, set_threads
+from folovllm.worker_proc.kernels.cpu.background import CpuKernels
 from folovllm.worker_proc.kv_tensors import KVTensors
 from folovllm.worker_proc.models.registry import CausalLM, build_model
 from folovllm.worker_proc.weights import load_weights
 
-SHAPES = [(1, 255, 1), (16, 255, 1), (64, 255, 1), (1, 0, 128), (1, 0, 1024), (1, 512, 512)]
+SHAPES = [(1, 255, 1), (16, 255, 1), (64, 255, 1), (1, 0, 128), (1, 0, 1024), (1, 512, 512), (1, 3000, 16)]
 BLOCK_SIZE = 16
 RUNS = 12
 
@@ -39,21 +41,24 @@ def main() -> None:
     model = build_model(config, placement, config.default_max_model_len)
     load_weights(model, options.model)
     print(f"{describe_device(placement.device)}, {placement.dtype}, loaded in {time.perf_counter() - start:.2f} s")
+    kernels = CpuKernels(config, BLOCK_SIZE, placement)
+    kernels.attention.wait()
+    kernels.chunks.wait()
+    backend = PagedBackend(config.num_attention_heads, kernels.attention, kernels.chunks)
     print(f"{'requests':>8} {'context':>8} {'new':>6} {'step ms':>9} {'attention ms':>13}")
     with torch.inference_mode():
         for requests, context, new in SHAPES:
-            step_ms, attention_ms = time_shape(model, config, placement, (requests, context, new))
+            step_ms, attention_ms = time_shape(model, config, placement, backend, (requests, context, new))
             print(f"{requests:8} {context:8} {new:6} {step_ms:9.2f} {attention_ms:13.2f}")
 
 
 def time_shape(
-    model: CausalLM, config: ModelConfig, placement: Placement, shape: tuple[int, int, int]
+    model: CausalLM, config: ModelConfig, placement: Placement, backend: PagedBackend, shape: tuple[int, int, int]
 ) -> tuple[float, float]:
     """Milliseconds of a whole step, and of its attention."""
     requests, context, new = shape
     metadata, positions = random_step(requests, context, new)
     kv = KVTensors(config, int(metadata.block_table.max()) + 1, BLOCK_SIZE, placement)
-    backend = PagedBackend(config.num_attention_heads)
     ids = torch.randint(0, config.vocab_size, positions.shape)
     heads = torch.randn(
         len(ids), config.num_attention_heads + 2 * config.num_key_value_heads, config.head_dim, dtype=placement.dtype
