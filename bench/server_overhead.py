@@ -70,12 +70,13 @@ class Connection:
         data = await self._reader.readexactly(size + 2)
         return data[:-2]
 
-    async def stream(self, body: dict[str, Any]) -> tuple[int, int]:
-        """A streamed chat: completion tokens, as the server counts them, and events with text."""
-        await self.send(CHAT, body | {"stream": True, "stream_options": {"include_usage": True}})
+    async def stream(self, body: dict[str, Any], path: str = CHAT) -> tuple[int, int]:
+        """A streamed answer: completion tokens, as the server counts them, and events with text."""
+        await self.send(path, body | {"stream": True, "stream_options": {"include_usage": True}})
+        field = b'"content":"' if path == CHAT else b'"text":"'
         tail, num_events = b"", 0
         while data := await self.chunk():
-            num_events += data.count(b'"content":"') - data.count(b'"content":""')
+            num_events += data.count(field) - data.count(field + b'"')
             tail = data if b'"usage"' in data else tail
         usage = json.loads(tail.split(b"data: ")[-1 if tail.count(b"data: ") == 1 else -2])["usage"]
         return usage["completion_tokens"], num_events
