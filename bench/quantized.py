@@ -50,7 +50,7 @@ def quantized_copy(folder: pathlib.Path, *, quick: bool) -> pathlib.Path:
     """`folovllm quantize`, symmetric, once; kept in the cache."""
     out = cache_dir() / "bench" / f"{folder.name}-4bit-{GROUP_SIZE}{'-quick' if quick else ''}"
     if not (out / "config.json").is_file():
-        more = ["--num-samples", "4" if quick else "128", "--quantizer", "own"]
+        more = ["--num-samples", "4" if quick else "64", "--quantizer", "own"]
         command = [sys.executable, "-m", "folovllm", "quantize", str(folder), str(out), "--group-size", str(GROUP_SIZE)]
         subprocess.run([*command, *more], check=True)
     return out

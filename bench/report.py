@@ -21,6 +21,7 @@ FIGURES = {
     "m3": ("m3_kv_memory", "Tokens reserved and held over a run"),
     "m5": ("m5_chunked_prefill", "The streams' worst gaps against the wait for the prompt's first token"),
     "m6": ("m6_prefix_reuse", "A conversation with and without the prefix cache"),
+    "m7": ("m7_gptq", "Tokens per second with 16-bit and 4-bit weights, and what 4 bits cost in perplexity"),
     "compare_cpu": ("compare_cpu", "Tokens per second of each engine; dashed: what the machine allows"),
     "compare_cpu_qwen3": ("compare_cpu_qwen3", "The same for Qwen3-0.6B's shape"),
     "startup": ("startup", "When each phase of the start ran"),
@@ -118,6 +119,38 @@ def m6(result: dict[str, Any]) -> str:
     turns = [[f"{value:.0f}" for value in row.values()] for row in result["multi_turn"]]
     headers = ["turn", "prompt tokens", "found", "first token, ms", "without the cache, ms"]
     return f"{table([head, 'median', 'goal'], rows)}\n\n{table(headers, turns)}"
+
+
+def m7(result: dict[str, Any]) -> str:
+    memory, speed, quality = result["memory"], result["tokens_per_s"], result["quality"]
+    names = list(memory)
+    rows: list[list[object]] = []
+    for key, what, unit in (
+        ("weight_bytes", "weights, MB", 1e6),
+        ("worker_resident_bytes", "worker process, MB", 1e6),
+        ("load_s", "load of the weights, s", 1.0),
+    ):
+        values = [memory[name][key] / unit for name in names]
+        rows.append([what, *(f"{value:,.2f}" for value in values), f"{values[1] / values[0]:.2f}"])
+    for count in speed[names[0]]:
+        rates = [speed[name][count] for name in names]
+        rows.append([f"tokens/s, {count} at once", *(f"{rate:,.1f}" for rate in rates), f"{rates[1] / rates[0]:.2f}"])
+    base = quality[names[0]]["perplexity"]
+    costs = [
+        [
+            name,
+            f"{each['perplexity']:.3f}",
+            f"{each['perplexity'] / base:.3f}",
+            f"{each['greedy_agreement']:.1%}",
+            f"{each['kl']:.4f}",
+        ]
+        for name, each in quality.items()
+    ]
+    scheme = result["scheme"]
+    grid = f"{scheme['bits']} bits, group {scheme['group_size']}, {'' if scheme['sym'] else 'a'}symmetric"
+    text = f"{result['tokens']:,} tokens of {result['text']}"
+    quality_table = table([grid, "perplexity", "ratio", "same greedy token", "KL, nats"], costs)
+    return f"{table(['', *names, 'ratio'], rows)}\n\n{text}:\n\n{quality_table}"
 
 
 def startup(result: dict[str, Any]) -> str:
@@ -253,6 +286,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "m3": of_result(m3),
     "m5": of_result(m5),
     "m6": of_result(m6),
+    "m7": of_result(m7),
     "startup": of_result(startup),
     "cpu_decode": of_result(cpu_decode),
     "core_step": core_step,

@@ -64,7 +64,8 @@ def run(job: QuantizeJob) -> str:
         from folovllm.worker_proc.quantization.with_gptqmodel import quantize_with_gptqmodel
 
         before = perplexity(load_model(source, device), evaluation)
-        quantize_with_gptqmodel(job)
+        with torch.inference_mode(False):  # it has its own idea of gradients
+            quantize_with_gptqmodel(job)
     else:
         recipe = Recipe(Scheme(job.bits, job.group_size, job.sym), job.desc_act, job.damping)
         work = _Work(source, device, work_folder(target), recipe)
