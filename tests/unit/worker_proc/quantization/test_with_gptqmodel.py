@@ -1,0 +1,46 @@
+import pathlib
+import shutil
+import sys
+
+import pytest
+import torch
+
+from folovllm.common.errors import ConfigError
+from folovllm.common.quantize_job import QuantizeJob, begin_job
+from folovllm.worker_proc.quantization.with_gptqmodel import quantize_with_gptqmodel
+from folovllm.worker_proc.quantize import main
+from tests.fakes.tiny_models import make_model
+
+SAMPLES = torch.randint(3, 40000, (10, 256), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def job_for(tmp_path: pathlib.Path) -> QuantizeJob:
+    return QuantizeJob(
+        model=str(tmp_path / "model"),
+        out=str(tmp_path / "out"),
+        group_size=32,
+        device="cpu",
+        quantizer="gptqmodel",
+        calibration=SAMPLES[:8],
+        evaluation=SAMPLES[8:],
+        evaluation_name="random numbers",
+    )
+
+
+def test_without_the_package(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gptqmodel", None)
+    with pytest.raises(ConfigError, match=r"pip install 'folovllm\[quant\]'"):
+        quantize_with_gptqmodel(job_for(tmp_path))
+
+
+def test_its_own_checkpoint_is_read(
+    tmp_path: pathlib.Path, demo_model_dir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPTQMODEL_CPU_WORKERS", "2")  # with one it does not start
+    pytest.importorskip("gptqmodel", reason="the package gptqmodel is not installed")
+    sizes = {"vocab_size": 49152, "hidden_size": 128, "intermediate_size": 256, "max_position_embeddings": 512}
+    folder = make_model(tmp_path / "model", "llama", dtype=torch.bfloat16, **sizes)
+    for path in demo_model_dir.glob("*token*.json"):
+        shutil.copy(path, folder)
+    job = job_for(tmp_path)
+    assert main([str(begin_job(job))]) == 0
