@@ -1,6 +1,7 @@
 import pathlib
 import shutil
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,12 @@ def test_its_own_checkpoint_is_read(
 ) -> None:
     monkeypatch.setenv("GPTQMODEL_CPU_WORKERS", "2")  # with one it does not start
     pytest.importorskip("gptqmodel", reason="the package gptqmodel is not installed")
-    sizes = {"vocab_size": 49152, "hidden_size": 128, "intermediate_size": 256, "max_position_embeddings": 512}
+    sizes: dict[str, Any] = {
+        "vocab_size": 49152,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "max_position_embeddings": 512,
+    }
     folder = make_model(tmp_path / "model", "llama", dtype=torch.bfloat16, **sizes)
     for path in demo_model_dir.glob("*token*.json"):
         shutil.copy(path, folder)
