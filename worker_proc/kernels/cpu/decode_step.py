@@ -5,9 +5,9 @@
          │ norm, gate up │ SiLU │ down, added
     last norm
 
-Every thread of the team runs the same function and does its share of each part; `│` is a barrier. What each needs whole
-(a normed row, some kilobytes) each computes for itself. Between parts everything is float32, which torch's operators
-would round to 16 bits each time.
+Every thread of the team runs the same function and does its share of each part; `│` is a `barrier`. What each needs
+whole (a normed row, some kilobytes) each computes for itself. Between parts everything is float32, which torch's
+operators would round to 16 bits each time.
 
 Idea and bound: with one request a step is the reading of the weights (269 MB of SmolLM2-135M: 10 ms at 27 GB/s). As
 some 450 operators of torch it takes 17 to 23 ms: each costs 3 to 8 µs, and its products do not reach the memory's rate.
@@ -24,6 +24,7 @@ from typing import Any, Final
 
 from llvmlite import ir
 
+from folovllm.worker_proc.kernels.cpu.barrier import barrier_function
 from folovllm.worker_proc.kernels.cpu.gemv import (
     ELEMENT_BYTES,
     FLOAT_BYTES,
@@ -62,11 +63,12 @@ from folovllm.worker_proc.kernels.cpu.llvm import F32, I64, Inner, Kernel
     ATTENDED,
     ZEROS,  # float32, for products without a base
     OUTPUT,  # 16-bit [rows, hidden]
-    THREAD_NUM,  # functions
+    THREAD_NUM,  # functions, as YIELD is
     NUM_THREADS,
-    BARRIER,
-) = range(27)
-NUM_STEP_ARGUMENTS: Final = 27
+    COUNTER,  # of arrivals at barriers
+    YIELD,
+) = range(28)
+NUM_STEP_ARGUMENTS: Final = 28
 
 # A layer's row in the table, int64: of each product the weight and its bias in float32, then norms and cache.
 (
@@ -171,6 +173,7 @@ class _Step:
         self.products = {layout: products_of(kernel, layout) for layout in layouts}
         self.norm = norm_function(kernel, shape.hidden, shape.eps, shape.kind)
         self.rotate = _rotate_function(kernel, shape)
+        self.barrier = barrier_function(kernel)
         self.rows, self.row_count = kernel.argument(ROWS), kernel.argument(ROW_COUNT)
         self.thread = kernel.call_int(kernel.argument(THREAD_NUM))
         self.num_threads = kernel.argument(NUM_THREADS)
@@ -211,7 +214,7 @@ class _Step:
         return self.k.load(self.k.argument(LAYERS), self.k.sum(row, self.k.integer(field)), I64)
 
     def _barrier(self) -> None:
-        self.k.call_void(self.k.argument(BARRIER))
+        self.k.invoke(self.barrier, *(self.k.argument(place) for place in (COUNTER, NUM_THREADS, YIELD)))
 
     @contextmanager
     def _shared(self, count: Any) -> Iterator[Any]:

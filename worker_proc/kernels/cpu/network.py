@@ -160,6 +160,7 @@ class DecodeNetwork:
             "own": torch.zeros(self._team.num_threads, sizes.own),
             "query": torch.zeros(MAX_ROWS, heads, dtype=dtype),
             "attended": torch.zeros(MAX_ROWS, heads, dtype=dtype),
+            "counter": torch.zeros(8, dtype=torch.int64),  # a cache line of its own
         }
 
     def _make_arguments(self) -> npt.NDArray[np.int64]:
@@ -183,7 +184,8 @@ class DecodeNetwork:
             decode_step.ZEROS: self._zeros.data_ptr(),
             decode_step.THREAD_NUM: team.thread_num_address,
             decode_step.NUM_THREADS: team.num_threads,
-            decode_step.BARRIER: team.barrier_address,
+            decode_step.COUNTER: scratch["counter"].data_ptr(),
+            decode_step.YIELD: team.yield_address,
         }.items():
             arguments[place] = number
         return arguments

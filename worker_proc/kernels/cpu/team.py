@@ -20,9 +20,10 @@ class Team:
         self._parallel: Any = library.GOMP_parallel
         self._parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
         self._parallel.restype = None
-        self.num_threads = torch.get_num_threads()
+        # With $OMP_THREAD_LIMIT a region gets fewer threads than it asks for, and a barrier would wait for the others.
+        self.num_threads = min(torch.get_num_threads(), int(library.omp_get_thread_limit()))
         self.thread_num_address = _address(library.omp_get_thread_num)
-        self.barrier_address = _address(library.GOMP_barrier)
+        self.yield_address = _address(library.sched_yield)
 
     def run(self, function: int, arguments: int) -> None:
         """Calls the function at address `function` with the address `arguments` in every thread; waits for all."""
