@@ -178,7 +178,8 @@ def measure(options: Any) -> dict[str, Any]:
     reads: list[float] = []
     engine: dict[int, list[float]] = {count: [] for count in counts}
     prompts = random_prompts([PROMPT_LEN] * max(counts), options.seed)
-    with LLM(options.model, dtype=options.dtype, device="cpu") as llm, torch.inference_mode():
+    engine_options = {"dtype": options.dtype, "device": "cpu", "enable_prefix_caching": False}
+    with LLM(options.model, **engine_options) as llm, torch.inference_mode():
         bare = BareStep(resolve(options.model), options.dtype, team)
         parts = {(count, what): run for count in counts for what, run in bare.parts(count).items()}
         reader = Reader(team, num_bytes)

@@ -65,7 +65,8 @@ def _run(
 ) -> dict[str, float]:
     """Adds tokens/s at each number of requests to `rates`; returns figures of memory and load."""
     prompts = random_prompts([PROMPT_LEN] * max(counts), arguments.seed)
-    with LLM(str(path), dtype="bfloat16", device=arguments.device) as llm:
+    options = {"dtype": "bfloat16", "device": arguments.device, "enable_prefix_caching": False}
+    with LLM(str(path), **options) as llm:
         for count in counts:  # warm-up: kernels are compiled, memory is touched
             llm.generate(prompts[:count], exactly(4), use_tqdm=False)
         resident = _resident_of_worker()
