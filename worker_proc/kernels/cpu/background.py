@@ -73,18 +73,18 @@ class Compiler:
 
 
 def _make(what: str, make: Callable[["Team"], T | None]) -> T | None:
-    from folovllm.worker_proc.kernels.cpu.llvm import prepare
-    from folovllm.worker_proc.kernels.cpu.team import find_team
-
-    team = find_team()
-    if team is None:
-        logger.info("this torch does not use GNU's OpenMP: %s runs with torch's operators", what)
-        return None
-    prepare()
     began = time.perf_counter()
     try:
+        from folovllm.worker_proc.kernels.cpu.llvm import prepare
+        from folovllm.worker_proc.kernels.cpu.team import find_team
+
+        team = find_team()
+        if team is None:
+            logger.info("this torch does not use GNU's OpenMP: %s runs with torch's operators", what)
+            return None
+        prepare()
         made = make(team)
-    except RuntimeError:  # LLVM's
+    except Exception:  # LLVM's, the loader's, a full disk's: kernels only make faster what torch computes as well
         logger.exception("%s runs with torch's operators: its kernel cannot be compiled", what)
         return None
     logger.debug("%s: kernels ready after %.2f s", what, time.perf_counter() - began)

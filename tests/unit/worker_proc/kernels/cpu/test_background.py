@@ -73,9 +73,12 @@ def test_nobody_waits_for_what_is_not_there_yet() -> None:
     assert never.is_known and never() is None and never.wait() is None
 
 
-def test_what_cannot_be_compiled_is_logged_and_torch_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("kind", [RuntimeError, OSError, AssertionError])
+def test_what_cannot_be_compiled_is_logged_and_torch_goes_on(
+    caplog: pytest.LogCaptureFixture, kind: type[Exception]
+) -> None:
     def make(_team: object) -> str:
-        raise RuntimeError("LLVM says no")
+        raise kind("LLVM says no")
 
     with caplog.at_level(logging.ERROR, logger="folovllm"):
         assert Compiler().begin("something", make).wait() is None
