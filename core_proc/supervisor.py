@@ -77,6 +77,8 @@ class Supervisor:
             return Decision(self._too_many())
         suspects = [request for request in in_flight if request.num_crashes >= NUM_CRASHES_OF_A_SUSPECT]
         if len(in_flight) == 1 and in_flight[0].num_crashes > NUM_CRASHES_OF_A_SUSPECT:
+            # What it did is not counted against the engine: four such requests in ten minutes would end it for all.
+            self._num_in_a_row = max(self._num_in_a_row - in_flight[0].num_crashes, 0)
             return Decision(failed=suspects)
         return Decision(suspects=suspects)
 

@@ -62,6 +62,14 @@ def test_a_request_that_is_always_alone_fails_at_the_third_crash() -> None:
     assert decisions == [Decision(), Decision(suspects=[request]), Decision(failed=[request])]
 
 
+def test_what_failed_requests_did_is_not_counted_against_the_engine() -> None:
+    engine = Engine(3)
+    for name in "abcdefgh":
+        culprit = Crashed(name)
+        assert [engine.crash(culprit).give_up for _ in range(3)] == ["", "", ""]
+    assert not engine.crash().give_up
+
+
 def test_a_suspect_that_was_cleared_counts_anew() -> None:
     engine, request = Engine(9), Crashed("a")
     engine.crash(request)
