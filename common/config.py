@@ -57,7 +57,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             that has served for ten minutes begins a new row. 0: the engine ends with its worker.
         attention_backend: "auto" chooses and logs why.
         batch_invariant: an answer's numbers do not depend on what else is computed beside it: products always take the
-            same number of rows at once and add up in the same order. On a CPU, with 16-bit types, at some cost.
+            same number of rows at once and add up in the same order. On a CPU, with 16-bit types, at some cost. What is
+            computed another way (chunks after a preemption, blocks that another request's decoding left in the prefix
+            cache) may still be rounded otherwise.
         logits_processors: functions "module:function" that requests may name, loaded by the worker at start.
         cpu_threads: threads of the CPU worker; None takes the physical cores this process may use.
         trace_file: where the scheduler's decisions are recorded, for `folovllm trace`; None records nothing.
@@ -206,6 +208,7 @@ def child_environment(package_parent: str) -> dict[str, str]:
       pages it waits for address translation.
     """
     environment = {"GOMP_SPINCOUNT": _OMP_SPIN_COUNT, "GLIBC_TUNABLES": _HUGE_PAGES} | dict(os.environ)
+    environment["OMP_DYNAMIC"] = "false"  # compiled kernels need every thread that they ask for
     rest = environment.get("PYTHONPATH")
     environment["PYTHONPATH"] = os.pathsep.join([package_parent, rest] if rest else [package_parent])
     return environment

@@ -122,6 +122,11 @@ def test_threads_of_a_child_spin_briefly_unless_the_user_says_otherwise(monkeypa
     assert child_environment("/ours")["GOMP_SPINCOUNT"] == "7"
 
 
+def test_children_get_all_threads_that_they_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_DYNAMIC", "true")
+    assert child_environment("/ours")["OMP_DYNAMIC"] == "false"
+
+
 def test_children_get_huge_pages_unless_the_user_tunes_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     assert child_environment("/ours")["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
