@@ -17,7 +17,7 @@ import msgspec
 
 from folovllm.common.errors import ConfigError, EngineDeadError, QueueFullError, RequestError, RequestFailedError
 
-_CONNECT_TIMEOUT_S = 10.0  # to connect; a first token may take as long as it takes
+_TIMEOUT_S = 10.0  # to connect, and for the list of models; a first token may take as long as it takes
 _MAX_ERROR_BYTES = 20_000
 _SHOWN = 300  # characters of an answer that an error repeats
 _RETRY_S = 5.0  # where a server that is full does not say when to try again
@@ -89,7 +89,7 @@ class OpenAIClient:
             api_key: sent as bearer; None sends none.
 
         Raises:
-            ConfigError: `url` is none.
+            ConfigError: `url` is none, or has a part that no request would have.
         """
         try:
             parts = urlsplit(url)
@@ -98,6 +98,11 @@ class OpenAIClient:
             raise ConfigError(f"{url!r} is no URL: {error}") from error
         if parts.scheme not in ("http", "https") or not self._host:
             raise ConfigError(f"{url!r} is no URL of a server; write http://HOST:PORT")
+        if parts.username is not None or parts.password is not None:
+            raise ConfigError("the server's URL holds a user or a password, which is not sent; give a key by --api-key")
+        if parts.query or parts.fragment:
+            rest = f"?{parts.query}" if parts.query else f"#{parts.fragment}"
+            raise ConfigError(f"the server's URL ends with {rest!r}, which is not sent; write http://HOST:PORT")
         self._is_secure = parts.scheme == "https"
         self._prefix = parts.path.rstrip("/").removesuffix("/v1") + "/v1"
         self._headers = {"Content-Type": "application/json", "Connection": "close"}
@@ -109,13 +114,14 @@ class OpenAIClient:
         """The names of the models that the server has, at least one.
 
         Raises:
-            EngineDeadError: nobody answers.
+            EngineDeadError: nobody answers, or not in time.
             ConfigError: the key is wrong, or the answer is none of OpenAI's API.
         """
-        with self._answer("GET", "/models", None) as answer:
+        with self._answer("GET", "/models", None, _TIMEOUT_S) as answer:
             if answer.status in (401, 403):
                 raise self._refusal(answer)
-            body = answer.read()
+            with self._talking():
+                body = answer.read()
             try:
                 names = [model.id for model in msgspec.json.decode(body, type=_Models).data]
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -147,14 +153,18 @@ class OpenAIClient:
         """
         body = {"model": model, "messages": messages, **fields}
         body |= {"stream": True, "stream_options": {"include_usage": True}}
-        with self._answer("POST", "/chat/completions", json.dumps(body).encode()) as answer:
+        with self._answer("POST", "/chat/completions", json.dumps(body).encode(), None) as answer:
             if answer.status != http.HTTPStatus.OK:
                 raise self._refusal(answer)
             yield self._deltas(answer)
 
     def _deltas(self, answer: http.client.HTTPResponse) -> Iterator[ChatDelta]:
         finished = False
-        for line in answer:
+        while True:
+            with self._talking():
+                line = answer.readline()
+            if not line:
+                break
             data = line.removeprefix(b"data:").strip()
             if data == b"[DONE]":
                 return
@@ -182,27 +192,39 @@ class OpenAIClient:
         )
 
     @contextmanager
-    def _answer(self, method: str, path: str, body: bytes | None) -> Iterator[http.client.HTTPResponse]:
+    def _answer(
+        self, method: str, path: str, body: bytes | None, silence_s: float | None
+    ) -> Iterator[http.client.HTTPResponse]:
+        """The head of an answer. `silence_s`: how long the server may send nothing; None: for ever."""
         connection = self._connection()
         try:
-            connection.connect()
-            connection.sock.settimeout(None)
-            connection.request(method, self._prefix + path, body, self._headers)
-            yield connection.getresponse()
-        except (OSError, http.client.HTTPException) as error:
-            raise EngineDeadError(f"no server answers at {self.url}: {_cause(error)}") from error
+            with self._talking():
+                connection.connect()
+                connection.sock.settimeout(silence_s)
+                connection.request(method, self._prefix + path, body, self._headers)
+                answer = connection.getresponse()
+            yield answer
         finally:
             connection.close()
 
+    @contextmanager
+    def _talking(self) -> Iterator[None]:
+        """Around what uses the connection, and nothing else: a caller's own broken pipe is not the server's."""
+        try:
+            yield
+        except (OSError, http.client.HTTPException) as error:
+            raise EngineDeadError(f"no server answers at {self.url}: {_cause(error)}") from error
+
     def _connection(self) -> http.client.HTTPConnection:
         if not self._is_secure:
-            return http.client.HTTPConnection(self._host, self._port, timeout=_CONNECT_TIMEOUT_S)
+            return http.client.HTTPConnection(self._host, self._port, timeout=_TIMEOUT_S)
         context = ssl.create_default_context()
-        return http.client.HTTPSConnection(self._host, self._port, timeout=_CONNECT_TIMEOUT_S, context=context)
+        return http.client.HTTPSConnection(self._host, self._port, timeout=_TIMEOUT_S, context=context)
 
     def _refusal(self, answer: http.client.HTTPResponse) -> Exception:
         """What an answer with another status than 200 is to us."""
-        body = answer.read(_MAX_ERROR_BYTES)
+        with self._talking():
+            body = answer.read(_MAX_ERROR_BYTES)
         try:
             found = msgspec.json.decode(body, type=_ErrorAnswer)
             message = _message(found.error) or found.message or _shown(body)

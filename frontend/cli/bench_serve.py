@@ -171,7 +171,8 @@ def _target(given: dict[str, Any]) -> "Target":
     from folovllm.frontend.openai_client import OpenAIClient
 
     base = (given["base_url"] or f"http://{given['host']}:{given['port']}").rstrip("/")
-    model = given["model"] or OpenAIClient(base, given["api_key"]).models()[0]
+    client = OpenAIClient(base, given["api_key"])  # made even where --model is given: it refuses what is no URL
+    model = given["model"] or client.models()[0]
     path = given["endpoint"] or PATHS[given["backend"]]
     root = base.removesuffix("/v1") if path.startswith("/v1/") else base
     fields = {name: given[name] for name, *_ in _BODY_OPTIONS if given[name] is not None}

@@ -85,6 +85,64 @@ def test_what_is_no_url(url: str) -> None:
         OpenAIClient(url)
 
 
+@pytest.mark.parametrize(
+    "url, message",
+    [
+        ("http://host/v1?api-version=1", r"ends with '\?api-version=1', which is not sent"),
+        ("http://host/#top", "ends with '#top', which is not sent"),
+        ("http://user:hidden@host", "holds a user or a password, which is not sent; give a key by --api-key"),
+        ("http://user@host", "holds a user"),
+    ],
+)
+def test_parts_of_a_url_that_would_be_dropped(url: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as refused:
+        OpenAIClient(url)
+    assert "hidden" not in str(refused.value)
+
+
+@pytest.mark.parametrize("begun", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{"])
+def test_a_silent_server_lists_no_models_for_ever(begun: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("folovllm.frontend.openai_client._TIMEOUT_S", 0.2)
+    is_told = threading.Event()
+
+    def speak(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.sendall(begun)
+            is_told.wait(20)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=speak, args=(listener,))
+        thread.start()
+        with pytest.raises(EngineDeadError, match=r"no server answers at .*: timed out"):
+            OpenAIClient(f"http://127.0.0.1:{listener.getsockname()[1]}").models()
+        is_told.set()
+        thread.join(20)
+
+
+def test_a_stream_may_be_silent_for_longer_than_a_list_of_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("folovllm.frontend.openai_client._TIMEOUT_S", 0.05)
+
+    def parts() -> Iterator[bytes]:
+        first, *rest = chat_events("a").parts
+        yield first
+        threading.Event().wait(0.1)  # twice as long; a slower machine makes it only longer
+        yield from rest
+
+    with ScriptedServer(lambda _: Answer(parts())) as server:
+        assert [delta.text for delta in all_deltas(OpenAIClient(server.url))] == ["", "a", "", ""]
+
+
+def test_a_fault_of_the_callers_own_is_not_the_servers() -> None:
+    def show(client: OpenAIClient) -> None:
+        with client.stream_chat("m", MESSAGES, {}) as deltas:
+            next(deltas)
+            raise BrokenPipeError("our own output")
+
+    with answering(chat_events("a")) as server, pytest.raises(BrokenPipeError, match="our own output"):
+        show(OpenAIClient(server.url))
+
+
 def test_nobody_there() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, and not listening
