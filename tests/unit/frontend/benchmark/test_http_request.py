@@ -41,6 +41,7 @@ def test_a_chat() -> None:
     record, server = sent_to(chat_events("a", "b", "c", tokens=7), temperature=0)
     (asked,) = server.asked
     assert asked.path == "/v1/chat/completions" and asked.headers["Authorization"] == "Bearer k"
+    assert asked.headers["Accept-Encoding"] == "identity", "what is compressed is not read"
     assert asked.body == {
         "model": "m",
         "messages": [{"role": "user", "content": "hello you"}],
