@@ -47,11 +47,19 @@ class CodeCache:
         path = self._path(made_for)
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self._folder, prefix=".new-", delete=False) as file:
-                file.write(_MAGIC + hashlib.sha256(code).digest() + code)
-            os.replace(file.name, path)
+            self._write(path, _MAGIC + hashlib.sha256(code).digest() + code)
         except OSError as error:  # a full or read-only disk: the code is compiled again next time
             logger.warning("compiled kernels cannot be kept: %s", error)
+
+    def _write(self, path: pathlib.Path, content: bytes) -> None:
+        handle, name = tempfile.mkstemp(dir=self._folder, prefix=".new-")
+        try:
+            with open(handle, "wb") as file:
+                file.write(content)
+            os.replace(name, path)
+        except OSError:  # what could not be written must not fill the disk further
+            os.unlink(name)
+            raise
 
     def _path(self, made_for: Sequence[str]) -> pathlib.Path:
         name = hashlib.sha256()

@@ -3,6 +3,8 @@
 import logging
 import os
 import pathlib
+import resource
+import signal
 import stat
 
 import pytest
@@ -79,6 +81,22 @@ def test_a_folder_that_cannot_be_made_or_read_costs_only_time(
         cache.keep(MADE_FOR, b"code")
         assert cache.find(MADE_FOR) is None
     assert "cannot be kept" in caplog.text and "cannot be read" in caplog.text
+
+
+def test_a_full_disk_leaves_no_part_of_a_file(
+    cache: CodeCache, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that write fails, as it does on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with caplog.at_level(logging.WARNING, logger="folovllm"):
+            cache.keep(MADE_FOR, bytes(2000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert "cannot be kept" in caplog.text
+    assert list((tmp_path / "kernels").iterdir()) == []
 
 
 def test_many_writers_leave_one_whole_file(cache: CodeCache, tmp_path: pathlib.Path) -> None:
