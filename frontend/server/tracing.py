@@ -1,8 +1,9 @@
 """OpenTelemetry spans, one for each request that the engine answers. Needs the extra `otel`.
 
 Names of attributes follow the semantic conventions for generative AI; those of times, which these do not have, follow
-vLLM's. A `traceparent` header makes the span a part of the client's trace. No prompt and no answer is in a span. A body
-with several prompts has a span for each; thoughts that were bounded and the answer behind them are two.
+vLLM's. A `traceparent` header makes the span a part of the client's trace. Nothing that a user wrote or read is in a
+span: no prompt, no answer, no stop sequences, and of an error its type alone, as its text may quote these. A body with
+several prompts has a span for each; thoughts that were bounded and the answer behind them are two.
 
 This is the only module that knows the library, and nothing imports it unless spans are asked for.
 """
@@ -70,7 +71,7 @@ class OpenTelemetrySpan:
 
     def failed(self, error: Exception) -> None:
         self._span.set_attribute("error.type", type(error).__name__)
-        self._span.set_status(Status(StatusCode.ERROR, str(error)))
+        self._span.set_status(Status(StatusCode.ERROR))
 
     def close(self) -> None:
         self._span.end()
@@ -92,7 +93,6 @@ def _asked(origin: SpanOrigin, request_id: str, params: SamplingParams) -> dict[
         "gen_ai.request.seed": params.seed,
         "gen_ai.request.frequency_penalty": params.frequency_penalty,
         "gen_ai.request.presence_penalty": params.presence_penalty,
-        "gen_ai.request.stop_sequences": tuple(params.stop_list()) or None,
         "gen_ai.output.type": "json" if wanted is not None and (wanted.json or wanted.json_object) else "text",
     }
     return {name: value for name, value in values.items() if value is not None}

@@ -3,7 +3,6 @@
 import asyncio
 import pathlib
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -68,7 +67,6 @@ def test_a_chat_is_a_span_of_its_clients_trace(saying: Script) -> None:
             "gen_ai.request.seed": 3,
             "gen_ai.request.frequency_penalty": 0.0,
             "gen_ai.request.presence_penalty": 0.0,
-            "gen_ai.request.stop_sequences": ("x", "y"),
             "gen_ai.output.type": "text",
             "gen_ai.response.id": "r1",
             "gen_ai.response.model": "tiny",
@@ -132,7 +130,8 @@ def test_refused_and_failed_requests_say_so(core: FakeCore) -> None:
         assert (await server.post(CHAT, HELLO)).status_code == 503
         (span,) = exporter.get_finished_spans()
         assert span.status.status_code is StatusCode.ERROR
-        assert "no room" in (span.status.description or "")
+        assert span.status.description is None, "an error's text may quote the user's"
+        assert "no room" not in span.to_json()
         assert attributes(span)["error.type"] == "QueueFullError"
         assert "gen_ai.usage.input_tokens" not in attributes(span)
         exporter.clear()
@@ -194,9 +193,7 @@ def test_a_collector_that_is_gone_holds_no_end_up(saying: Script, collector: Col
     async def scenario(server: Served) -> None:
         assert (await server.post(CHAT, HELLO)).status_code == 200
         assert server.context.spans is not None
-        began = time.monotonic()
-        await asyncio.to_thread(server.context.spans.close)
-        assert time.monotonic() - began < 15.0
+        await asyncio.to_thread(server.context.spans.close)  # within the bound that `run` puts on each scenario
 
     run(core.endpoint, scenario, otlp_traces_endpoint=collector.url)
 
