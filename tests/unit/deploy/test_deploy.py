@@ -12,6 +12,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from folovllm.common import config
+from folovllm.frontend.cli.main import run
 from folovllm.frontend.cli.serve import serve
 from folovllm.frontend.server.gate import OPEN_PATHS
 from folovllm.frontend.server.options import ServerOptions
@@ -65,6 +66,11 @@ class TestDockerfile:
         urls = re.findall(r"http://127\.0\.0\.1:(\d+)(/\w+)", check)
         assert urls == [(str(port), "/health")]
         assert "/health" in OPEN_PATHS, "the check has no key"
+
+    def test_its_health_check_lets_a_worker_be_replaced(self, path: pathlib.Path) -> None:
+        (check,) = [rest for name, rest in instructions(path) if name == "HEALTHCHECK"]
+        told = dict(re.findall(r"--([\w-]+)=(\d+)", check))
+        assert int(told["retries"]) * int(told["interval"]) >= 600
 
     def test_it_runs_as_a_user_without_rights_who_owns_the_models(self, path: pathlib.Path) -> None:
         found = instructions(path)
@@ -145,6 +151,18 @@ def test_grafana_finds_prometheus_and_the_dashboard() -> None:
     assert mounts["./grafana/provisioning"] == "/etc/grafana/provisioning"
 
 
+def test_nobody_logs_in_to_grafana_with_its_first_password() -> None:
+    told = compose()["services"]["grafana"]["environment"]
+    assert (told["GF_AUTH_ANONYMOUS_ENABLED"], told["GF_AUTH_ANONYMOUS_ORG_ROLE"]) == ("true", "Viewer")
+    assert (told["GF_AUTH_DISABLE_LOGIN_FORM"], told["GF_AUTH_BASIC_ENABLED"]) == ("true", "false")
+
+
+def test_compose_restarts_what_has_ended_and_has_no_other_health_check_than_the_image() -> None:
+    server = compose()["services"]["folovllm"]
+    assert server["restart"] == "unless-stopped"
+    assert "healthcheck" not in server
+
+
 def unit() -> configparser.SectionProxy:
     parser = configparser.ConfigParser(strict=False, interpolation=None, comment_prefixes=("#",), delimiters=("=",))
     parser.optionxform = str  # type: ignore[assignment,method-assign]
@@ -168,6 +186,12 @@ def test_the_unit_starts_the_server_and_lets_it_drain() -> None:
     check_variables(set(values))
     assert int(service["TimeoutStopSec"]) > told["drain_timeout_s"] + _ENDING_S
     assert (service["KillMode"], service["KillSignal"]) == ("mixed", "SIGTERM")
+
+
+def test_the_unit_does_not_try_wrong_input_again() -> None:
+    wrong = run(["serve", "demo", "--port", "none"])
+    service = unit()
+    assert (service["Restart"], service["RestartPreventExitStatus"]) == ("on-failure", str(wrong))
 
 
 def test_the_unit_writes_where_it_may_and_has_no_rights() -> None:
