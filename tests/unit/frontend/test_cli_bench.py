@@ -171,6 +171,12 @@ def test_servers_that_do_not_answer(bench: Run, capsys: pytest.CaptureFixture[st
     assert "no server answers at http://127.0.0.1:" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("url", ["http://user:hidden@127.0.0.1:9", "http://127.0.0.1:9/v1?key=1"])
+def test_what_a_url_would_lose_is_refused_with_a_model_too(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "serve", "--base-url", url, "--model", "m"]) == 2
+    assert "which is not sent" in capsys.readouterr().err
+
+
 def test_paths(bench: Run) -> None:
     with ScriptedServer(answers) as server:
         assert bench(server, "--endpoint", "/other/completions")[0] == 0
