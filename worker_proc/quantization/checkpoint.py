@@ -8,6 +8,7 @@ import json
 import pathlib
 import shutil
 from collections.abc import Mapping
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -16,10 +17,11 @@ import torch
 from folovllm.worker_proc.quantization.config import Scheme
 from folovllm.worker_proc.quantization.quantizer import Recipe
 from folovllm.worker_proc.quantization.storage import Quantized, pack_rows, pack_zeros
-from folovllm.worker_proc.weights import checkpoint_files
+from folovllm.worker_proc.weights import checkpoint_files, stored_shapes
 
 _INDEX_FILE = "model.safetensors.index.json"
-_WEIGHTS = (".safetensors", ".bin", ".pth", ".gguf", _INDEX_FILE)
+_CONFIG_FILE = "config.json"
+_LEFT_OUT = (".safetensors", ".bin", ".pth", ".gguf", _INDEX_FILE, _CONFIG_FILE)
 _HEAD, _EMBEDDING = "lm_head", "model.embed_tokens.weight"
 
 
@@ -43,32 +45,43 @@ def split_outputs(weight: Quantized, parts: Mapping[str, int]) -> dict[str, Quan
 def write_checkpoint(
     source: pathlib.Path, target: pathlib.Path, packed: Mapping[str, Mapping[str, torch.Tensor]], recipe: Recipe
 ) -> None:
-    """Writes `source` with the modules of `packed` (full name → its tensors) quantized to `target`."""
+    """Writes `source` with the modules of `packed` (full name → its tensors) quantized to `target`.
+
+    config.json comes last, and one that an earlier call left goes first: a folder that has it is whole.
+    """
     target.mkdir(parents=True, exist_ok=True)
+    (target / _CONFIG_FILE).unlink(missing_ok=True)
     for path in source.iterdir():
-        if path.is_file() and not path.name.endswith(_WEIGHTS):
+        if path.is_file() and not path.name.endswith(_LEFT_OUT):
             shutil.copyfile(path, target / path.name)
     weight_map: dict[str, str] = {}
     size = 0
     files = checkpoint_files(source)
+    # A tied head is stored nowhere: it is written where the embedding is. Another has its own place, maybe in a shard
+    # of its own, and a tensor that two shards hold cannot be loaded.
+    tied_head = packed.get(_HEAD) if f"{_HEAD}.weight" not in stored_shapes(source) else None
     for path in files:
-        tensors = _of_shard(path, packed)
+        tensors = _of_shard(path, packed, tied_head or {})
         safetensors.torch.save_file(tensors, target / path.name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, path.name)
         size += sum(tensor.nbytes for tensor in tensors.values())
     if len(files) > 1:
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (target / _INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
-    _write_config(target / "config.json", recipe, head=_HEAD in packed)
+    fields = _config(source / _CONFIG_FILE, recipe, head=_HEAD in packed)
+    (target / _CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n")
 
 
-def _of_shard(path: pathlib.Path, packed: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def _of_shard(
+    path: pathlib.Path, packed: Mapping[str, Mapping[str, torch.Tensor]], tied_head: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """A shard's tensors, with `tied_head`'s beside the embedding."""
     tensors: dict[str, torch.Tensor] = {}
     with safetensors.safe_open(path, framework="pt", device="cpu") as file:
         for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
             module = name.removesuffix(".weight")
-            if name == _EMBEDDING and _HEAD in packed:
-                tensors |= _named(_HEAD, packed[_HEAD])  # a tied head is stored nowhere
+            if name == _EMBEDDING:
+                tensors |= _named(_HEAD, tied_head)
             if module in packed and module != name:
                 tensors |= _named(module, packed[module])
             else:
@@ -80,8 +93,8 @@ def _named(module: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.
     return {f"{module}.{kind}": tensor.contiguous() for kind, tensor in tensors.items()}
 
 
-def _write_config(path: pathlib.Path, recipe: Recipe, *, head: bool) -> None:
-    fields = json.loads(path.read_text())
+def _config(path: pathlib.Path, recipe: Recipe, *, head: bool) -> dict[str, Any]:
+    fields: dict[str, Any] = json.loads(path.read_text())
     fields["quantization_config"] = {
         "bits": recipe.scheme.bits,
         "group_size": recipe.scheme.group_size,
@@ -95,4 +108,4 @@ def _write_config(path: pathlib.Path, recipe: Recipe, *, head: bool) -> None:
     }
     if head:
         fields["tie_word_embeddings"] = False
-    path.write_text(json.dumps(fields, indent=2) + "\n")
+    return fields
