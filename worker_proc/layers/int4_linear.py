@@ -153,11 +153,13 @@ class Int4Linear:
 def packed_linear(quantized: Quantized, bias: torch.Tensor | None, kernels: Int4Kernels) -> Int4Linear | None:
     """The layer of a weight with numbers from 0 to 15; None if its sizes or its groups are of an odd kind.
 
-    Inputs that are dealt out to groups in any order are brought into the groups' order, once and for all.
+    Inputs that are dealt out to groups in any order are brought into the groups' order, once and for all. Groups that
+    no input belongs to are odd, too: a block has scales for as many groups as its inputs fill.
     """
     inputs, outputs = quantized.numbers.shape
-    counts = torch.bincount(quantized.groups)
-    size = int(counts[0])
+    size = int((quantized.groups == 0).sum())
+    if size == 0 or quantized.scales.shape[0] != -(-inputs // size):
+        return None
     even = torch.arange(inputs) // size
     order = torch.argsort(quantized.groups, stable=True)
     scales = quantized.scales.half()

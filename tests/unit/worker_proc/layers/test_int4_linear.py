@@ -126,3 +126,14 @@ def test_what_the_kernels_do_not_take(kernels: Int4Kernels) -> None:
     coarse = Quantized(uneven.numbers, uneven.zeros, torch.full((4, 16), 1e-9), torch.arange(64) // 16)
     for weight in (odd_inputs, uneven, coarse):
         assert packed_linear(weight, None, kernels) is None
+
+
+def test_groups_that_no_input_belongs_to_are_left_to_the_plain_weight(kernels: Int4Kernels) -> None:
+    four = random_weight(16, 64, 16, sym=True)
+    for groups in (
+        torch.ones(64, dtype=torch.int64),  # the first has none
+        torch.zeros(64, dtype=torch.int64),  # the last three
+        torch.arange(64) // 32,
+    ):
+        weight = Quantized(four.numbers, four.zeros, four.scales, groups)
+        assert packed_linear(weight, None, kernels) is None
