@@ -1,10 +1,11 @@
 """What `folovllm quantize` asks of the process that does it, as a file in the folder that is being written.
 
 The frontend has the tokenizer and the worker's side has torch; the job carries token ids from one to the other. It
-stays until the work is done, beside the layers finished so far: the same call goes on where it was interrupted, another
-one is refused.
+stays until the work is done, beside the layers finished so far: the same call takes it up again (this project's
+quantizer where it was interrupted, GPTQModel, which keeps nothing, from the beginning), another one is refused.
 """
 
+import math
 import pathlib
 from typing import Literal
 
@@ -16,6 +17,10 @@ Quantizer = Literal["own", "gptqmodel"]
 
 _FOLDER = ".quantize"
 _JOB = "job.json"
+_BITS = (4, 8)
+_GROUP_SIZES = range(16, 1025)
+_WHOLE_INPUT = -1
+_WORD_BITS = 32
 
 
 class QuantizeJob(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -24,13 +29,17 @@ class QuantizeJob(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     Attributes:
         model: its folder.
         out: the folder to be written.
-        bits, group_size, sym, desc_act, damping: see the worker's `quantization.quantizer`.
+        bits, group_size, sym, desc_act, damping: see the worker's `quantization.quantizer`. Bits are 4 or 8, group
+            sizes 16 to 1,024 in whole words or -1, damping is above 0: it is doubled until H can be inverted.
         head: whether lm_head is quantized, too; an embedding it was tied to stays as it is.
         quantizer: this project's own, or the package GPTQModel.
         device: "auto", "cpu" or "cuda".
         calibration: token ids of samples of one length, whose activations decide how numbers are rounded.
         evaluation: token ids of samples of one length, on which the perplexity is measured before and after.
         evaluation_name: what text that is, for the report.
+
+    Raises:
+        ConfigError: a field has a value that no quantizer can work with.
     """
 
     model: str
@@ -46,6 +55,30 @@ class QuantizeJob(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     calibration: list[list[int]]
     evaluation: list[list[int]]
     evaluation_name: str
+
+    def __post_init__(self) -> None:
+        if self.bits not in _BITS:
+            raise ConfigError(f"{self.bits} bits are not supported; supported are 4 and 8")
+        if self.group_size != _WHOLE_INPUT and self.group_size not in _GROUP_SIZES:
+            raise ConfigError(
+                f"group size {self.group_size} is not supported; supported are 16 to 1024, and -1 for all inputs"
+            )
+        if self.group_size != _WHOLE_INPUT and self.group_size % (_WORD_BITS // self.bits):
+            raise ConfigError(f"group size {self.group_size} is no multiple of {_WORD_BITS // self.bits}")
+        if not 0 < self.damping < math.inf:
+            raise ConfigError(f"damping is {self.damping:g}: it must be a number above 0")
+        _check_samples("calibration", self.calibration)
+        _check_samples("evaluation", self.evaluation)
+
+
+def _check_samples(name: str, samples: list[list[int]]) -> None:
+    lengths = sorted({len(sample) for sample in samples})
+    if len(lengths) != 1:
+        raise ConfigError(f"{name} needs samples of one length, but it has lengths {lengths}")
+    if lengths[0] < 2:  # a perplexity is of tokens that have one before them
+        raise ConfigError(f"{name} has samples of {lengths[0]} tokens: at least 2 are needed")
+    if min(map(min, samples)) < 0:
+        raise ConfigError(f"{name} holds a token id below 0")
 
 
 def work_folder(out: pathlib.Path) -> pathlib.Path:

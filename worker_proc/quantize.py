@@ -25,7 +25,7 @@ from folovllm.worker_proc.device import Placement, choose_device, place, resolve
 from folovllm.worker_proc.models.registry import CausalLM, build_model
 from folovllm.worker_proc.quantization.calibration import CalibrationLinears, hessian_of, perplexity, run_over
 from folovllm.worker_proc.quantization.checkpoint import packed_tensors, split_outputs, write_checkpoint
-from folovllm.worker_proc.quantization.config import Scheme, read_gptq_config
+from folovllm.worker_proc.quantization.config import Scheme
 from folovllm.worker_proc.quantization.quantizer import Recipe, quantize
 from folovllm.worker_proc.quantization.registry import linear_maker, type_around
 from folovllm.worker_proc.quantization.storage import Quantized
@@ -57,7 +57,6 @@ def run(job: QuantizeJob) -> str:
     source, target = pathlib.Path(job.model), pathlib.Path(job.out)
     if read_model_config(source).quantization is not None:
         raise ModelError(f"{source} is quantized already")
-    read_gptq_config({"bits": job.bits, "group_size": job.group_size})  # refuses what no engine would load
     device = choose_device(job.device)
     evaluation = torch.tensor(job.evaluation, device=device)
     if job.quantizer == "gptqmodel":

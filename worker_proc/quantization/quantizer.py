@@ -23,6 +23,7 @@ that costs nothing later.
 """
 
 import dataclasses
+import math
 
 import torch
 
@@ -44,13 +45,20 @@ class Recipe:
     Attributes:
         scheme: bits, group size, symmetric or not.
         desc_act: round columns in the order of their weight in the error, and deal groups out in that order.
-        damping: share of the mean of H's diagonal that is added to it; keeps the inverse from blowing up where inputs
-            hardly vary.
+        damping: share of the mean of H's diagonal that is added to it, above 0; keeps the inverse from blowing up where
+            inputs hardly vary.
+
+    Raises:
+        ValueError: the damping is not above 0, or no number: doubling it would never make H invertible.
     """
 
     scheme: Scheme
     desc_act: bool = False
     damping: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damping < math.inf:
+            raise ValueError(f"damping is {self.damping:g}: it must be a number above 0")
 
 
 class Hessian:

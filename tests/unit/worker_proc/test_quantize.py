@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from folovllm.common.errors import ConfigError, ModelError
 from folovllm.common.model_config import read_model_config
 from folovllm.common.quantize_job import QuantizeJob, begin_job, work_folder
 from folovllm.worker_proc import quantize
@@ -17,6 +18,7 @@ from folovllm.worker_proc.device import Placement
 from folovllm.worker_proc.models.registry import build_model
 from folovllm.worker_proc.quantization import quantizer
 from folovllm.worker_proc.quantization.calibration import perplexity
+from folovllm.worker_proc.quantization.config import read_gptq_config
 from folovllm.worker_proc.quantization.registry import linear_maker
 from folovllm.worker_proc.weights import load_weights
 from tests.fakes.tiny_models import make_model
@@ -116,12 +118,24 @@ def test_what_cannot_be_quantized(tmp_path: pathlib.Path, capsys: pytest.Capture
     again = msgspec.structs.replace(job, model=job.out, out=str(tmp_path / "again"))
     assert run(again) == 2
     assert "is quantized already" in capsys.readouterr().err
-    for changes, message in (({"bits": 3}, "3 bits"), ({"group_size": 20}, "no multiple of 8")):
-        assert run(msgspec.structs.replace(job, out=str(tmp_path / message), **changes)) == 2
-        assert message in capsys.readouterr().err
     odd = job_for(tmp_path / "odd", fields={"intermediate_size": 100})
     assert run(odd) == 2
     assert "gate_proj has size 100, which cannot be packed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_a_job_takes_what_an_engine_loads(tmp_path: pathlib.Path, bits: int) -> None:
+    job = job_for(tmp_path)
+    for size in (-1, 0, 8, 15, 16, 20, 128, 1024, 1032):
+        for error, taken_by in (
+            (ConfigError, lambda size=size: msgspec.structs.replace(job, bits=bits, group_size=size)),
+            (ModelError, lambda size=size: read_gptq_config({"bits": bits, "group_size": size})),
+        ):
+            if bits in (4, 8) and (size in (-1, 16, 128, 1024) or (size, bits) == (20, 8)):
+                taken_by()
+            else:
+                with pytest.raises(error, match=r"3 bits|not supported|multiple of"):
+                    taken_by()
 
 
 def test_the_report_is_of_the_files_that_were_written(

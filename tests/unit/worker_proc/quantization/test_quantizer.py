@@ -83,6 +83,12 @@ def test_inputs_that_are_always_0_or_the_same() -> None:
     assert error(weight, rounded, x) < 0.5
 
 
+@pytest.mark.parametrize("damping", [0.0, -0.1, float("nan"), float("inf")])
+def test_damping_that_doubling_would_never_make_enough(damping: float) -> None:
+    with pytest.raises(ValueError, match="must be a number above 0"):
+        Recipe(SCHEMES[0], damping=damping)
+
+
 def test_activations_that_are_not_finite() -> None:
     weight, x = layer()
     x[3, 3] = torch.inf
