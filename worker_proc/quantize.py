@@ -1,8 +1,8 @@
 """Quantizes a model: `python -m folovllm.worker_proc.quantize JOB` (see `common.quantize_job`; `folovllm quantize`).
 
 Perplexity before, the quantization itself, the new checkpoint, and perplexity after: measured on the files that were
-written, read as an engine would read them. Each layer is kept on disk when it is done; a second run of the same job
-takes it from there.
+written, read as an engine would read them. Each layer is kept on disk when it is done, and a second run of the same job
+takes it from there; GPTQModel keeps none, and begins again.
 
 Exit codes: 0 done, 1 failed, 2 wrong input, 130 SIGINT.
 """
@@ -41,11 +41,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         job = read_job(parser.parse_args(arguments).job)
         set_threads(None)
-        with torch.inference_mode():
-            sys.stdout.write(run(job))
-    except KeyboardInterrupt:
-        sys.stderr.write("Interrupted: the same command goes on from here\n")
-        return 128 + signal.SIGINT
+        try:
+            with torch.inference_mode():
+                sys.stdout.write(run(job))
+        except KeyboardInterrupt:
+            goes_on = "begins again" if job.quantizer == "gptqmodel" else "goes on from here"
+            sys.stderr.write(f"Interrupted: the same command {goes_on}\n")
+            return 128 + signal.SIGINT
     except FoloVLLMError as error:
         sys.stderr.write(f"Error: {error}\n")
         return 2 if isinstance(error, ConfigError | ModelError) else 1
@@ -64,7 +66,7 @@ def run(job: QuantizeJob) -> str:
 
         before = perplexity(load_model(source, device), evaluation)
         with torch.inference_mode(False):  # it has its own idea of gradients
-            quantize_with_gptqmodel(job)
+            quantize_with_gptqmodel(job, device)
     else:
         recipe = Recipe(Scheme(job.bits, job.group_size, job.sym), job.desc_act, job.damping)
         work = _Work(source, device, work_folder(target), recipe)

@@ -1,11 +1,13 @@
 """The package GPTQModel as quantizer, where it is installed (extra `quant`)."""
 
+import torch
+
 from folovllm.common.errors import ConfigError
 from folovllm.common.quantize_job import QuantizeJob
 
 
-def quantize_with_gptqmodel(job: QuantizeJob) -> None:
-    """Quantizes and writes the checkpoint with GPTQModel.
+def quantize_with_gptqmodel(job: QuantizeJob, device: torch.device) -> None:
+    """Quantizes on `device` and writes the checkpoint with GPTQModel. An interrupted call leaves nothing to go on from.
 
     Raises:
         ConfigError: the package is missing or cannot be imported.
@@ -21,6 +23,7 @@ def quantize_with_gptqmodel(job: QuantizeJob) -> None:
         desc_act=job.desc_act,
         damp_percent=job.damping,
         lm_head=job.head,
+        device=device.type,  # left to itself it takes any accelerator that it finds
     )
     model = GPTQModel.load(job.model, config)
     model.quantize([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in job.calibration], batch_size=1)

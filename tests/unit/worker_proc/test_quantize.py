@@ -89,7 +89,9 @@ def test_a_model_is_quantized_and_read_back(
     assert not work_folder(pathlib.Path(job.out)).exists()
 
 
-def test_an_interrupted_job_goes_on(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_job_goes_on(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     job = job_for(tmp_path)
     calls: list[tuple[Any, ...]] = []
     inner = quantizer.quantize
@@ -102,6 +104,7 @@ def test_an_interrupted_job_goes_on(tmp_path: pathlib.Path, monkeypatch: pytest.
 
     monkeypatch.setattr("folovllm.worker_proc.quantize.quantize", counted)
     assert run(job) == 130
+    assert "the same command goes on from here" in capsys.readouterr().err
     assert len(list(work_folder(pathlib.Path(job.out)).glob("*.safetensors"))) == 3
     assert run(job) == 0
     assert len(calls) == 4 + 5  # of eight layers three were there
