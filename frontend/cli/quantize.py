@@ -39,7 +39,8 @@ _EVALUATION_SAMPLES = 32
 def quantize(model: str, out: pathlib.Path, **given: Any) -> int:
     """Quantizes MODEL with GPTQ into the new folder OUT, and shows its perplexity before and after.
 
-    Interrupted, the same command goes on where it was.
+    Interrupted, the same command goes on after the last finished layer; with GPTQModel, which keeps none, it starts
+    again from the beginning.
     """
     from folovllm.common.child_process import run_module
     from folovllm.common.quantize_job import QuantizeJob, begin_job
@@ -53,6 +54,7 @@ def quantize(model: str, out: pathlib.Path, **given: Any) -> int:
     if given["calibration"] != "builtin":
         text = _read(given["calibration"])
     length = given["sample_tokens"]
+    _check_length(length, folder)
     job = QuantizeJob(
         model=str(folder),
         out=str(out.absolute()),
@@ -68,6 +70,17 @@ def quantize(model: str, out: pathlib.Path, **given: Any) -> int:
         evaluation_name=name_of_builtin(held_back),
     )
     return run_module("folovllm.worker_proc.quantize", [str(begin_job(job))])
+
+
+def _check_length(length: int, folder: pathlib.Path) -> None:
+    from folovllm.common.model_config import read_model_config
+
+    most = read_model_config(folder).default_max_model_len
+    if length > most:
+        raise click.BadParameter(
+            f"{length} tokens are more than the model's {most} positions: give at most {most}",
+            param_hint="--sample-tokens",
+        )
 
 
 def _chosen(quantizer: Literal["auto", "own", "gptqmodel"]) -> Literal["own", "gptqmodel"]:

@@ -65,3 +65,14 @@ def test_wrong_input(
     assert run(["quantize", model, out, "--head"]) == 2
     assert "unfinished job with other options" in capsys.readouterr().err
     assert work_folder(pathlib.Path(out)).is_dir() and len(jobs) == 2
+
+
+def test_samples_longer_than_the_model(
+    jobs: list[QuantizeJob], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, out = str(write_model_folder(tmp_path / "model", max_position_embeddings=100)), tmp_path / "out"
+    assert run(["quantize", model, str(out)]) == 2
+    assert "512 tokens are more than the model's 100 positions: give at most 100" in capsys.readouterr().err
+    assert run(["quantize", model, str(out), "--sample-tokens", "101"]) == 2
+    assert not out.exists() and not jobs  # refused before the job begins: another length may be given
+    assert run(["quantize", model, str(out), "--sample-tokens", "100"]) == 0
