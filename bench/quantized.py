@@ -14,6 +14,7 @@ from bench.common import print_table
 from bench.workload import exactly, random_prompts
 from folovllm import LLM
 from folovllm.common.config import cache_dir
+from folovllm.common.quantize_job import work_folder
 from folovllm.frontend.model_hub import resolve
 
 PROMPT_LEN, OUTPUT_LEN = 64, 64
@@ -49,7 +50,7 @@ def m7(arguments: argparse.Namespace) -> dict[str, Any]:
 def quantized_copy(folder: pathlib.Path, *, quick: bool) -> pathlib.Path:
     """`folovllm quantize`, symmetric, once; kept in the cache."""
     out = cache_dir() / "bench" / f"{folder.name}-4bit-{GROUP_SIZE}{'-quick' if quick else ''}"
-    if not (out / "config.json").is_file():
+    if not (out / "config.json").is_file() or work_folder(out).exists():  # unfinished: it is taken up again
         more = ["--num-samples", "4" if quick else "64", "--quantizer", "own"]
         command = [sys.executable, "-m", "folovllm", "quantize", str(folder), str(out), "--group-size", str(GROUP_SIZE)]
         subprocess.run([*command, *more], check=True)
