@@ -56,6 +56,14 @@ def content_logprobs(
     return _of_tokens(tokenizer, kept, num_top)
 
 
+def tokens_behind(tokens: Sequence[tuple[int, dict[int, Logprob]]]) -> list[tuple[int, dict[int, Logprob]]]:
+    """Those at the end that gave no text yet: the first bytes of a character, which the next piece of text shows."""
+    start = len(tokens)
+    while start and not tokens[start - 1][1][tokens[start - 1][0]].decoded_token:
+        start -= 1
+    return list(tokens[start:])
+
+
 def _shown(tokenizer: Tokenizer, token_id: int, logprob: Logprob) -> dict[str, Any]:
     text = logprob.decoded_token or ""
     data = tokenizer.token_bytes(token_id) if tokenizer.byte_level else text.encode()

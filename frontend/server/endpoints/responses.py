@@ -17,7 +17,7 @@ from folovllm.frontend.server.chat_call import ChatCall, prepare_chat
 from folovllm.frontend.server.context import ServerContext, ignored_header, json_response, request_id_of
 from folovllm.frontend.server.endpoint import Endpoint
 from folovllm.frontend.server.errors import ApiError
-from folovllm.frontend.server.logprobs import content_logprobs
+from folovllm.frontend.server.logprobs import content_logprobs, tokens_behind
 from folovllm.frontend.server.parsers.base import CallDelta
 from folovllm.frontend.server.protocol.chat import TokenLogprob
 from folovllm.frontend.server.protocol.responses import (
@@ -157,7 +157,7 @@ class _Writer:
             return []
         tokenizer = self._context.need_tokenizer()
         found = content_logprobs(tokenizer, self._tokens, self._text, content, self._call.num_top)
-        self._tokens, self._text = [], ""
+        self._tokens, self._text = tokens_behind(self._tokens), ""
         return found
 
     def _counts(self) -> ResponsesUsage:
