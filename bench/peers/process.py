@@ -19,6 +19,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 _END_S = 20.0
 
 
+class _LateError(PeerError):
+    """Nothing came within the time that was given."""
+
+
 class PeerProcess:
     """A worker that answers one question at a time.
 
@@ -31,6 +35,7 @@ class PeerProcess:
         self.started_at = time.perf_counter()
         self._log_path = log
         self._rest = b""
+        self._given_up = ""  # why it is not asked any more
         with log.open("wb") as errors:
             self._process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
@@ -45,9 +50,13 @@ class PeerProcess:
     def ask(self, prompts: list[list[int]], num_tokens: int, timeout_s: float) -> Answer:
         """The peer's answer; it runs for as long as this call.
 
+        One that is late is stopped for good: its answer, once it came, would be read as that to the next question.
+
         Raises:
             PeerError: it fails, ends, or takes longer than `timeout_s` seconds.
         """
+        if self._given_up:
+            raise PeerError(self._given_up)
         self.resume()
         assert self._process.stdin is not None
         try:
@@ -56,11 +65,17 @@ class PeerProcess:
             return Answer(**self._message(timeout_s))
         except BrokenPipeError:
             raise PeerError(self._end()) from None
+        except _LateError as error:
+            self._given_up = f"it was stopped, since an earlier question had {error}"
+            self.stop()
+            raise
         finally:
             self.pause()
 
     def pause(self) -> None:
         """Stops the process and all below it, the parent first, since it would miss its children."""
+        if self._process.returncode is not None:  # its number may be another's by now
+            return
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(self._process.pid)
             process.suspend()
@@ -106,7 +121,7 @@ class PeerProcess:
         until = time.monotonic() + timeout_s
         while b"\n" not in self._rest:
             if not select.select([descriptor], [], [], max(0.0, until - time.monotonic()))[0]:
-                raise PeerError(f"no answer after {timeout_s:.0f} s")
+                raise _LateError(f"no answer after {timeout_s:.0f} s")
             part = os.read(descriptor, 1 << 16)
             if not part:
                 raise PeerError(self._end())

@@ -29,6 +29,7 @@ for line in sys.stdin:
         sys.exit(7)
     elif told == 3:
         sys.stdin.read()
+        say({"seconds": 3.5, "first_s": 0.5, "prompts": [[3]], "token_ids": [[3]]})
     else:
         answers = [[told] * asked["num_tokens"] for _ in asked["prompts"]]
         say({"seconds": 1.5, "first_s": 0.5, "prompts": asked["prompts"], "token_ids": answers})
@@ -89,6 +90,14 @@ def test_an_end_is_told_with_the_last_words(peer: PeerProcess) -> None:
 def test_silence_is_bounded(peer: PeerProcess) -> None:
     with pytest.raises(PeerError, match="no answer after 0 s"):
         peer.ask([[3]], 1, 0.05)
+
+
+def test_a_late_answer_is_not_the_next_questions(peer: PeerProcess) -> None:
+    """The peer answers at the very moment at which it is stopped, since that ends its input."""
+    with pytest.raises(PeerError, match="no answer after 0 s"):
+        peer.ask([[3]], 1, 0.05)
+    with pytest.raises(PeerError, match="it was stopped, since an earlier question had no answer after 0 s"):
+        peer.ask([[9]], 1, _BOUND_S)
 
 
 def test_a_peer_that_cannot_be_opened_says_why(tmp_path: pathlib.Path) -> None:
