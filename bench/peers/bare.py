@@ -49,8 +49,14 @@ class Bare:
     version = folovllm.__version__
 
     def __init__(self, options: Options) -> None:
+        assert options.max_model_len is not None and options.max_num_seqs is not None
         self._config = EngineConfig(
-            model=options.model, dtype="bfloat16", device="cpu", cpu_threads=options.threads, kv_cache_memory_gb=2.0
+            model=options.model,
+            dtype="bfloat16",
+            device="cpu",
+            cpu_threads=options.threads,
+            kv_cache_memory_gb=2.0,
+            max_num_seqs=options.max_num_seqs,
         )
         configure = ConfigureWorker(self._config, 0, options.max_model_len)
         self._runner, ready = Startup(configure, Phases("bench", time.time()), lambda: None).run()

@@ -9,6 +9,7 @@ from bench.peers.peer import PeerError
 
 _CONVERT = ["optimum-cli", "export", "openvino", "--task", "text-generation-with-past", "--weight-format", "fp16"]
 _CONVERT_S = 900
+_BOTH_SIZES = ("max_model_len", "max_num_seqs")
 
 
 class Kind(NamedTuple):
@@ -23,6 +24,8 @@ class Kind(NamedTuple):
             interpreter.
         environment: what is set for its process.
         is_ours: it runs with this project's own settings for child processes.
+        sizes: which of max_model_len and max_num_seqs it has to be told when it is opened; the others see from each
+            question how much room it needs.
     """
 
     title: str
@@ -32,6 +35,7 @@ class Kind(NamedTuple):
     form: Callable[[pathlib.Path, pathlib.Path, str], pathlib.Path] = lambda model, _work, _python: model
     environment: tuple[str, ...] = ()
     is_ours: bool = False
+    sizes: tuple[str, ...] = ()
 
 
 def as_gguf(model: pathlib.Path, work: pathlib.Path, _python: str) -> pathlib.Path:
@@ -64,8 +68,8 @@ def as_openvino(model: pathlib.Path, work: pathlib.Path, python: str) -> pathlib
 
 
 KINDS = {
-    "own": Kind("FoloVLLM", "own", "folovllm", is_ours=True),
-    "bare": Kind("its worker alone", "bare", "folovllm", is_ours=True),
+    "own": Kind("FoloVLLM", "own", "folovllm", is_ours=True, sizes=_BOTH_SIZES),
+    "bare": Kind("its worker alone", "bare", "folovllm", is_ours=True, sizes=_BOTH_SIZES),
     "transformers": Kind("transformers", "hf", "transformers", "pip install torch transformers"),
     "llama_cpp": Kind(
         "llama.cpp",
@@ -82,6 +86,7 @@ KINDS = {
         "pip install openvino-genai optimum-intel\n(the model is converted by optimum-cli; pip uninstall torchvision\n"
         "if it was built for another torch)",
         as_openvino,
+        sizes=("max_num_seqs",),
     ),
     "vllm": Kind(
         "vLLM, CPU",
@@ -94,6 +99,7 @@ KINDS = {
             "HF_HUB_OFFLINE=1",
             "VLLM_NO_USAGE_STATS=1",
         ),
+        sizes=_BOTH_SIZES,
     ),
 }
 NO_PEERS = ("own", "bare")
@@ -107,10 +113,10 @@ def is_installed(kind: Kind, python: str) -> bool:
 
 
 def command_for(kind: Kind, python: str, model: pathlib.Path, form: pathlib.Path, sizes: dict[str, int]) -> list[str]:
-    """What starts the engine's process. Sizes: threads, max_model_len and max_num_seqs."""
+    """What starts the engine's process. Sizes: threads, max_model_len and max_num_seqs; it is told those it takes."""
     threads = sizes["threads"]
     environment = () if kind.is_ours else (f"OMP_NUM_THREADS={threads}", *kind.environment)
-    given = [f"--{name.replace('_', '-')}={value}" for name, value in sizes.items()]
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in sizes.items() if name in ("threads", *kind.sizes)]
     worker = [python, "-m", "bench.peers.worker", kind.file, f"--model={model}", f"--form={form}", *given]
     return ["env", *environment, *worker]
 

@@ -13,12 +13,14 @@ class Own:
     version = folovllm.__version__
 
     def __init__(self, options: Options) -> None:
+        assert options.max_num_seqs is not None
         self._llm = LLM(
             options.model,
             dtype="bfloat16",
             device="cpu",
             cpu_threads=options.threads,
             max_model_len=options.max_model_len,
+            max_num_seqs=options.max_num_seqs,
         )
 
     def answer(self, prompts: list[list[int]], num_tokens: int) -> Answer:

@@ -14,15 +14,15 @@ class Options(NamedTuple):
         model: folder with config.json and safetensors in bfloat16.
         form: the same model as the peer wants it (a GGUF file, a folder of OpenVINO); the folder itself for others.
         threads: threads that compute.
-        max_model_len: longest prompt and answer in tokens.
-        max_num_seqs: most requests at once.
+        max_model_len: longest prompt and answer in tokens; None for an engine that is not told (`catalog.Kind.sizes`).
+        max_num_seqs: most requests at once; None likewise.
     """
 
     model: str
     form: str
     threads: int
-    max_model_len: int
-    max_num_seqs: int
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
 
 
 class Answer(NamedTuple):

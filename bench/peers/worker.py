@@ -1,6 +1,6 @@
 """The process of one peer: opens it, then answers a line of JSON with a line of JSON until its input ends.
 
-    python -m bench.peers.worker NAME --model FOLDER --form PATH --threads 2 --max-model-len 8192 --max-num-seqs 64
+    python -m bench.peers.worker NAME --model FOLDER --form PATH --threads 2 [--max-model-len 8192] [--max-num-seqs 64]
 
 It runs under the peer's own interpreter, so it and the peers' files import nothing but the standard library and the
 peer. Questions are `{"prompts": [[ids]], "num_tokens": n}`; answers the fields of `peer.Answer`, or `{"error": text}`.
@@ -51,8 +51,8 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--form", required=True)
     parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--max-model-len", type=int, required=True)
-    parser.add_argument("--max-num-seqs", type=int, required=True)
+    parser.add_argument("--max-model-len", type=int)
+    parser.add_argument("--max-num-seqs", type=int)
     given = vars(parser.parse_args())
     name = given.pop("name")
     answers = own_stdout()

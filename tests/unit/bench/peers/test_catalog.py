@@ -43,6 +43,15 @@ def test_a_peers_threads_are_bound_by_its_environment() -> None:
     ]
 
 
+def test_every_peer_is_told_the_sizes_that_it_uses_and_no_others() -> None:
+    for kind in catalog.KINDS.values():
+        source = (ROOT / "bench" / "peers" / f"{kind.file}.py").read_text(encoding="utf-8")
+        used = {name for name in ("max_model_len", "max_num_seqs") if f"options.{name}" in source}
+        command = catalog.command_for(kind, "python", pathlib.Path("model"), pathlib.Path("form"), SIZES)
+        told = {word for word in command if word.startswith("--max-")}
+        assert told == {f"--{name.replace('_', '-')}={SIZES[name]}" for name in used}, kind.title
+
+
 def test_our_own_engine_sets_its_threads_itself() -> None:
     kind = catalog.KINDS["own"]
     command = catalog.command_for(kind, "python", pathlib.Path("model"), pathlib.Path("model"), SIZES)

@@ -13,7 +13,7 @@ from tests.fakes.tiny_models import make_model
 @pytest.fixture(scope="module")
 def peer(tmp_path_factory: pytest.TempPathFactory) -> hf.Transformers:
     folder: pathlib.Path = make_model(tmp_path_factory.mktemp("model"), "llama", dtype=torch.bfloat16)
-    return hf.open_peer(Options(str(folder), str(folder), torch.get_num_threads(), 64, 4))
+    return hf.open_peer(Options(str(folder), str(folder), torch.get_num_threads()))
 
 
 def test_answers_have_their_length_whatever_their_tokens(peer: hf.Transformers) -> None:

@@ -9,7 +9,7 @@ import pytest
 from bench.peers import llamacpp
 from bench.peers.peer import Options
 
-OPTIONS = Options("model", "model.gguf", threads=2, max_model_len=64, max_num_seqs=4)
+OPTIONS = Options("model", "model.gguf", threads=2)
 
 
 class FakeLibrary(SimpleNamespace):
