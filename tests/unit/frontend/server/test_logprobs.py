@@ -26,7 +26,7 @@ def test_every_cut_of_a_stream_tells_every_token_once() -> None:
     whole = tokens(72, 0xC3, 0xA9, 33)
     for first in range(len(whole) + 1):
         for second in range(first, len(whole) + 1):
-            told: list[list[int]] = []
+            told: list[list[int] | None] = []
             waiting: list[Token] = []
             for piece in (whole[:first], whole[first:second], whole[second:]):
                 waiting += piece
