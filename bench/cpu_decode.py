@@ -28,7 +28,6 @@ from folovllm.frontend.model_hub import resolve
 from folovllm.worker_proc.attention.paged import PagedBackend
 from folovllm.worker_proc.device import Placement, resolve_dtype, set_threads
 from folovllm.worker_proc.kernels.cpu.background import CpuKernels
-from folovllm.worker_proc.kernels.cpu.gemv import share
 from folovllm.worker_proc.kernels.cpu.llvm import F32, Compiled, Kernel
 from folovllm.worker_proc.kernels.cpu.network import HeadProduct
 from folovllm.worker_proc.kernels.cpu.team import Team, find_team
@@ -67,7 +66,7 @@ def _reader() -> Kernel:
     memory, parts, sums, thread_num, num_threads = (k.argument(index) for index in range(5))
     thread = k.call_int(thread_num)
     total = k.variable(k.constant(0.0, _LANES))
-    with k.loop(*share(k, parts, thread, num_threads)) as part:
+    with k.loop(*k.share(parts, thread, num_threads)) as part:
         place = k.sum(memory, k.product(part, k.integer(_LANES * 4)))
         for line in range(_LANES * 4 // 64):
             k.prefetch(k.sum(place, k.integer(4096 + 64 * line)))

@@ -32,7 +32,6 @@ from folovllm.worker_proc.kernels.cpu.gemv import (
     ROW_COUNTS,
     ProductShape,
     products_of,
-    share,
     widen_row,
 )
 from folovllm.worker_proc.kernels.cpu.llvm import F32, I64, Inner, Kernel
@@ -224,7 +223,7 @@ class _Step:
             yield index
 
     def _share(self, count: Any) -> tuple[Any, Any]:
-        return share(self.k, count, self.thread, self.num_threads)
+        return self.k.share(count, self.thread, self.num_threads)
 
     def _stride_of(self, argument: int) -> int:
         sizes = {

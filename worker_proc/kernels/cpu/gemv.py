@@ -98,15 +98,9 @@ def build_product(shape: ProductShape) -> Kernel:
         inputs=(own, k.integer(shape.padded_in)),
         outputs=(k.argument(OUT), k.integer(shape.padded_out), k.argument(ZEROS), k.integer(0)),
         rows=k.argument(ROW_COUNT),
-        blocks=share(k, k.integer(shape.num_blocks), thread, num_threads),
+        blocks=k.share(k.integer(shape.num_blocks), thread, num_threads),
     )
     return k
-
-
-def share(k: Kernel, count: Any, thread: Any, num_threads: Any) -> tuple[Any, Any]:
-    """First and end of a thread's part of `count` pieces of work."""
-    start = k.builder.sdiv(k.product(count, thread), num_threads)
-    return start, k.builder.sdiv(k.product(count, k.sum(thread, k.integer(1))), num_threads)
 
 
 def widen_row(k: Kernel, source: Any, target: Any, size: int, kind: str) -> None:

@@ -179,7 +179,7 @@ def build_product(layout: Int4Layout) -> Kernel:
         inputs=(k.argument(X), k.argument(PADDED_IN)),
         outputs=(k.argument(OUT), k.argument(OUT_STRIDE), k.argument(ZEROS), k.integer(0)),
         rows=k.argument(ROWS),
-        blocks=_share(k, k.argument(NUM_BLOCKS), thread, k.argument(NUM_THREADS)),
+        blocks=k.share(k.argument(NUM_BLOCKS), thread, k.argument(NUM_THREADS)),
     )
     return k
 
@@ -192,7 +192,7 @@ def build_expansion(layout: Int4Layout, target: BlockLayout) -> Kernel:
     block = _Block(k, layout, inputs)
     per_target = target.width // LANES
     target_bytes = k.product(k.argument(TARGET_IN), k.integer(target.width * 2))
-    with k.loop(*_share(k, k.argument(BLOCKS), thread, k.argument(EXPANSION_NUM_THREADS))) as index:
+    with k.loop(*k.share(k.argument(BLOCKS), thread, k.argument(EXPANSION_NUM_THREADS))) as index:
         source = k.sum(k.argument(SOURCE), k.product(index, block.num_bytes))
         whole = k.builder.sdiv(index, k.integer(per_target))
         column = k.builder.srem(index, k.integer(per_target))
@@ -227,11 +227,6 @@ def _rounded(k: Kernel, number: Any) -> Any:
 
 def _row(k: Kernel, address: Any, stride: Any, row: Any) -> Any:
     return k.sum(address, k.product(k.product(row, stride), k.integer(4)))
-
-
-def _share(k: Kernel, count: Any, thread: Any, num_threads: Any) -> tuple[Any, Any]:
-    start = k.builder.sdiv(k.product(count, thread), num_threads)
-    return start, k.builder.sdiv(k.product(count, k.sum(thread, k.integer(1))), num_threads)
 
 
 def _all(value: int) -> Any:

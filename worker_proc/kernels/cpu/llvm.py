@@ -84,6 +84,11 @@ class Kernel:
     def product(self, left: Any, right: Any) -> Any:
         return self.builder.mul(left, right)
 
+    def share(self, count: Any, thread: Any, num_threads: Any) -> tuple[Any, Any]:
+        """First and end of a thread's part of `count` pieces of work, for `loop`."""
+        start = self.builder.sdiv(self.product(count, thread), num_threads)
+        return start, self.builder.sdiv(self.product(count, self.sum(thread, _i64(1))), num_threads)
+
     @contextmanager
     def loop(self, start: Any, end: Any) -> Iterator[Any]:
         """Runs its body for every integer from `start` to `end` - 1, which it yields."""

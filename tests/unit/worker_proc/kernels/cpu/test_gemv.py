@@ -1,12 +1,15 @@
 """Products of a few rows with a weight in blocks, against torch's in float64."""
 
+import ctypes
+
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("llvmlite", reason="kernels for the CPU are compiled by llvmlite")
 
 from folovllm.worker_proc.kernels.cpu.gemv import ROW_COUNTS, ProductShape, row_count
-from folovllm.worker_proc.kernels.cpu.llvm import prepare
+from folovllm.worker_proc.kernels.cpu.llvm import I64, Compiled, Kernel, prepare
 from folovllm.worker_proc.kernels.cpu.network import HeadProduct, padded_bias
 from folovllm.worker_proc.kernels.cpu.team import Team, find_team
 from folovllm.worker_proc.layers.blocked import BlockedWeight, BlockLayout
@@ -36,6 +39,24 @@ def team() -> Team:
 
 def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def test_threads_shares_are_all_of_the_work_and_as_equal_as_can_be() -> None:
+    prepare()
+    k = Kernel("shares")
+    with k.loop(k.integer(0), k.argument(1)) as thread:
+        for place, value in enumerate(k.share(k.argument(0), thread, k.argument(1))):
+            k.store(value, k.argument(2), k.sum(k.product(thread, k.integer(2)), k.integer(place)), I64)
+    code = Compiled(k, None)
+    run = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(code.address)
+    for count in (0, 1, 7, 64):
+        for threads in (1, 2, 5):
+            shares = np.full((threads, 2), -1, np.int64)
+            arguments = np.array([count, threads, shares.ctypes.data], np.int64)
+            run(arguments.ctypes.data)
+            assert [shares[0, 0], shares[-1, 1]] == [0, count]
+            assert (shares[1:, 0] == shares[:-1, 1]).all()
+            assert set(shares[:, 1] - shares[:, 0]) <= {count // threads, -(-count // threads)}
 
 
 @pytest.mark.parametrize(("outputs", "inputs", "width", "group", "dtype"), CASES)
