@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
+TEST_WORKERS ?= 2
 BIN    := $(VENV)/bin
 # One pip call per target, always with the constraints: asked for without them, torch may come as a CUDA build of gigabytes.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -23,7 +24,7 @@ serve: $(VENV)/.demo ## The same model over HTTP: chat, inspector, API (make ser
 	$(BIN)/folovllm serve demo $(ARGS)
 
 test: lint ## Everything that CI runs: lint, types, import contracts, tests with coverage
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder --cov --cov-report=term
 
 lint: $(VENV)/.dev ## ruff, mypy (strict, tests too), the import contracts, and whether the site's links lead somewhere
 	$(BIN)/ruff check .

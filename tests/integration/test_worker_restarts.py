@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from folovllm import LLM, AsyncLLM, EngineDeadError, RequestFailedError, SamplingParams, StructuredOutputsParams
+from folovllm import LLM, AsyncLLM, RequestFailedError, SamplingParams, StructuredOutputsParams
 from tests.integration.conftest import Daemon, eventually, is_idle
 
 END_WORKER = "tests.fakes.processors:end_worker"
@@ -112,9 +112,7 @@ def test_before_equals_after_a_crash(daemon: Daemon) -> None:
         assert is_idle(llm)
 
 
-def test_a_request_that_ends_its_worker_each_time_fails_alone_and_one_more_death_ends_the_daemon(
-    daemon: Daemon,
-) -> None:
+def test_a_request_that_ends_its_worker_each_time_fails_alone_and_counts_alone(daemon: Daemon) -> None:
     async def text_of(llm: AsyncLLM, number: int) -> str:
         params = SamplingParams(temperature=1.0, seed=number, **LONG)
         return "".join([output.outputs[0].text async for output in llm.generate(f"the dog {number}", params)])
@@ -130,12 +128,7 @@ def test_a_request_that_ends_its_worker_each_time_fails_alone_and_one_more_death
             outcome = await asyncio.gather(fail(llm), *(text_of(llm, number) for number in range(4)))
             assert outcome[1:] == undisturbed
             assert (await llm.get_stats()).num_worker_restarts_total == 4
-            kill_worker(daemon)
-            with pytest.raises(EngineDeadError, match="5 workers in a row have ended, and max_worker_restarts=4"):
-                await text_of(llm, 0)
+            kill_worker(daemon)  # the fifth end, where four are allowed in a row
+            assert await text_of(llm, 0) == undisturbed[0]
 
-    family = daemon.family()
     asyncio.run(asyncio.wait_for(scenario(), BOUND_S))
-    code, errors, left = daemon.outcome(family)
-    assert (code, left) == (1, [])
-    assert "was killed by SIGKILL (5 workers in a row" in errors.splitlines()[-1]
