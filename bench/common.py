@@ -5,7 +5,7 @@ import os
 import pathlib
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import folovllm
@@ -53,3 +53,18 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
     print("  ".join("-" * width for width in widths))
     for row in cells:
         print("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))
+
+
+def quality_rows(quality: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
+    """Of each model in words: perplexity, the same over the first one's, greedy agreement, KL in nats."""
+    base = next(iter(quality.values()))["perplexity"]
+    return [
+        [
+            name,
+            f"{each['perplexity']:.3f}",
+            f"{each['perplexity'] / base:.3f}",
+            f"{each['greedy_agreement']:.1%}",
+            f"{each['kl']:.4f}",
+        ]
+        for name, each in quality.items()
+    ]

@@ -9,14 +9,14 @@ of this project has calibrated on. Rounding to nearest on the same grid is shown
 import argparse
 import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from bench.common import print_table, write_json
+from bench.common import print_table, quality_rows, write_json
 from folovllm.common.model_config import read_model_config
 from folovllm.frontend.calibration_text import builtin_text, name_of_builtin, samples
 from folovllm.frontend.model_hub import resolve
@@ -122,19 +122,8 @@ def measure(folder: pathlib.Path, quantized: pathlib.Path, num_samples: int) -> 
 def show(result: Mapping[str, Any]) -> None:
     """The table."""
     quality: Mapping[str, Mapping[str, float]] = result["quality"]
-    base = quality["unquantized"]["perplexity"]
-    rows: list[Sequence[object]] = [
-        [
-            name,
-            f"{each['perplexity']:.3f}",
-            f"{each['perplexity'] / base:.3f}",
-            f"{each['greedy_agreement']:.1%}",
-            f"{each['kl']:.4f}",
-        ]
-        for name, each in quality.items()
-    ]
     print(f"{result['tokens']} tokens of {result['text']}; {result['scheme']}")
-    print_table(["model", "perplexity", "ratio", "same greedy token", "KL, nats"], rows)
+    print_table(["model", "perplexity", "ratio", "same greedy token", "KL, nats"], quality_rows(quality))
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bench.common import RESULTS
+from bench.common import RESULTS, quality_rows
 from bench.peers.figures import remarks, tables
 
 FIGURES = {
@@ -135,17 +135,7 @@ def m7(result: dict[str, Any]) -> str:
     for count in speed[names[0]]:
         rates = [speed[name][count] for name in names]
         rows.append([f"tokens/s, {count} at once", *(f"{rate:,.1f}" for rate in rates), f"{rates[1] / rates[0]:.2f}"])
-    base = quality[names[0]]["perplexity"]
-    costs = [
-        [
-            name,
-            f"{each['perplexity']:.3f}",
-            f"{each['perplexity'] / base:.3f}",
-            f"{each['greedy_agreement']:.1%}",
-            f"{each['kl']:.4f}",
-        ]
-        for name, each in quality.items()
-    ]
+    costs = quality_rows(quality)
     scheme = result["scheme"]
     grid = f"{scheme['bits']} bits, group {scheme['group_size']}, {'' if scheme['sym'] else 'a'}symmetric"
     text = f"{result['tokens']:,} tokens of {result['text']}"
