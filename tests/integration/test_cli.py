@@ -52,7 +52,8 @@ def test_chat_quick_with_a_daemon(daemon: Daemon) -> None:
 def test_chat_in_a_terminal(daemon: Daemon) -> None:
     """Typed into a pseudo terminal: a question, /stats, /exit."""
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "folovllm", "chat", "--engine", daemon.endpoint, "--max-tokens", "5", "--no-table"]
+    command = [sys.executable, "-m", "folovllm", "chat", "--engine", daemon.endpoint, "--no-table"]
+    command += ["--max-tokens", "5", "--ignore-eos"]
     with subprocess.Popen(command, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True) as process:
         os.close(theirs)
         _read_until(ours, "you> ")

@@ -194,8 +194,9 @@ def test_several_processes_over_one_engine(start: Callable[..., ServeProcess]) -
     assert len(children) == 2
     with LLM(engine=_engine_of(server)) as llm:
         assert llm.get_stats().num_frontends == 3
+    body = {"prompt": "abc", "max_tokens": 2, "ignore_eos": True}
     for _ in range(20):
-        assert httpx.post(server.url + COMP, json={"prompt": "abc", "max_tokens": 2}).status_code == 200
+        assert httpx.post(server.url + COMP, json=body).status_code == 200
     with server.client() as http:
         page = http.get("/metrics").text
     assert 'folovllm:request_success_total{finished_reason="length",model_name="tiny"} 20.0' in page
