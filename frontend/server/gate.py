@@ -8,7 +8,7 @@ import hmac
 import re
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -39,7 +39,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        visit = _Visit(send, _request_id(headers))
+        visit = _Visit(send, _request_id(headers), lambda status: self._metrics.count_http(scope["method"], status))
         scope.setdefault("state", {})["request_id"] = visit.request_id
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         try:
@@ -50,7 +50,9 @@ class Gate:
             else:
                 await self._app(scope, receive, visit.send)
         finally:
-            self._note(scope, path, visit)
+            visit.ended()
+            if self._access_log:
+                _log(scope, path, visit)
 
     def _is_known(self, headers: Headers) -> bool:
         """Compares with all keys, whichever fits, so that the time taken tells nothing."""
@@ -58,27 +60,18 @@ class Gate:
         given = bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
         return sum(hmac.compare_digest(given.encode("latin-1", "replace"), key) for key in self._keys) > 0
 
-    def _note(self, scope: Scope, path: str, visit: "_Visit") -> None:
-        self._metrics.count_http(scope["method"], visit.status)
-        if self._access_log:
-            client = scope["client"][0] if scope.get("client") else "-"
-            logger.info(
-                '%s "%s %s" %s %d B %.3f s %s',
-                client,
-                scope["method"],
-                path.encode("unicode_escape").decode("ascii")[:200],
-                visit.status or "no answer",
-                visit.num_bytes,
-                time.monotonic() - visit.began,
-                visit.request_id,
-            )
-
 
 class _Visit:
-    """One HTTP request on its way: what was sent so far."""
+    """One HTTP request on its way: what was sent so far.
 
-    def __init__(self, send: Send, request_id: str) -> None:
+    It is counted before its last byte is sent: who has the whole answer finds it in `/metrics`, whichever process of
+    several is asked. One that never comes so far is counted when it has ended.
+    """
+
+    def __init__(self, send: Send, request_id: str, count: Callable[[int], None]) -> None:
         self._send = send
+        self._count = count
+        self._is_counted = False
         self.request_id = request_id
         self.status = 0
         self.num_bytes = 0
@@ -90,7 +83,28 @@ class _Visit:
             MutableHeaders(scope=message)["X-Request-Id"] = self.request_id
         elif message["type"] == "http.response.body":
             self.num_bytes += len(message.get("body", b""))
+            if not message.get("more_body", False):
+                self.ended()
         await self._send(message)
+
+    def ended(self) -> None:
+        """Counts it, once."""
+        if not self._is_counted:
+            self._is_counted = True
+            self._count(self.status)
+
+
+def _log(scope: Scope, path: str, visit: _Visit) -> None:
+    logger.info(
+        '%s "%s %s" %s %d B %.3f s %s',
+        scope["client"][0] if scope.get("client") else "-",
+        scope["method"],
+        path.encode("unicode_escape").decode("ascii")[:200],
+        visit.status or "no answer",
+        visit.num_bytes,
+        time.monotonic() - visit.began,
+        visit.request_id,
+    )
 
 
 def _request_id(headers: Headers) -> str:

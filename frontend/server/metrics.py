@@ -4,6 +4,7 @@ Requests are counted where they are served, so of several server processes each 
 them up through files in a shared folder. What concerns the engine is asked from it at each scrape and needs no sum.
 """
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -152,13 +153,26 @@ class ServerMetrics:
         registry = self._registry
         if self._several:
             registry = CollectorRegistry()
-            MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+            _Sum(registry)  # type: ignore[no-untyped-call]
         page = generate_latest(registry)
         if stats is not None:
             engine = CollectorRegistry()
             engine.register(_EngineCollector(self._model, stats))
             page += generate_latest(engine)
         return page
+
+
+class _Sum(MultiProcessCollector):
+    """What all server processes have counted."""
+
+    @staticmethod
+    def merge(files: Iterable[str], accumulate: bool = True) -> Iterable[Metric]:
+        """Passes over what is still empty: a process makes its file, and only then gives it a size, and a page that
+        was asked for between the two was a 500.
+        """
+        made = [file for file in files if os.path.getsize(file)]
+        merged: Iterable[Metric] = MultiProcessCollector.merge(made, accumulate)  # type: ignore[no-untyped-call]
+        return merged
 
 
 class _EngineCollector(Collector):

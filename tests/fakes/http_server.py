@@ -65,7 +65,11 @@ class Visit:
         reads: while cleared, sending blocks: the client does not read.
     """
 
-    def __init__(self, app: Starlette, path: str, body: Any) -> None:
+    def __init__(
+        self, app: Starlette, path: str, body: Any, *, on_send: Callable[[Message], None] = lambda _: None
+    ) -> None:
+        """`on_send` is called with each message before the client has it."""
+        self._on_send = on_send
         self.messages: list[Message] = []
         self.reads = asyncio.Event()
         self.reads.set()
@@ -97,6 +101,7 @@ class Visit:
 
     async def _send(self, message: Message) -> None:
         await self.reads.wait()
+        self._on_send(message)
         async with self._changed:
             self.messages.append(message)
             self._changed.notify_all()

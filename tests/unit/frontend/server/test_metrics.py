@@ -1,15 +1,18 @@
 """What `/metrics` shows."""
 
+import pathlib
 import re
 
 import pytest
+from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.types import Message
 
 from folovllm.common.messages.frontend_core import EngineStats
 from folovllm.frontend.outputs import RequestMetrics, RequestOutput
 from folovllm.frontend.server.metrics import ENGINE_METRICS, PREFIX, REQUEST_METRICS, ServerMetrics
 from tests.fakes.fake_core_for_frontend import FakeCore
-from tests.fakes.http_server import Served, run
+from tests.fakes.http_server import Served, Visit, run
 
 STATS = EngineStats(1, 3, 4, 25, 100, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23)
 
@@ -100,6 +103,55 @@ def test_two_servers_in_one_process_count_for_themselves() -> None:
     first.count_rejected(400)
     assert PREFIX + "request_rejected_total{status=400}" in values(first.text(None))
     assert PREFIX + "request_rejected_total{status=400}" not in values(second.text(None))
+
+
+def test_the_counts_of_several_processes_add_up_and_a_file_that_is_being_made_holds_none(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels, name = {"model_name": "tiny", "finished_reason": "length"}, PREFIX + "request_success"
+    for pid, count in ((11, 8.0), (12, 12.0)):
+        file = MmapedDict(str(tmp_path / f"counter_{pid}.db"))  # type: ignore[no-untyped-call]
+        key = mmap_key(name, f"{name}_total", [*labels], [*labels.values()], "Answers.")
+        file.write_value(key, count, 0.0)  # type: ignore[no-untyped-call]
+        file.close()  # type: ignore[no-untyped-call]
+    (tmp_path / "counter_13.db").touch()
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    page = values(ServerMetrics("tiny", in_several_processes=True).text(None))
+    assert page == {PREFIX + "request_success_total{finished_reason=length}": 20}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_is_counted_before_its_last_byte_is_sent(core: FakeCore, stream: bool) -> None:
+    """Whoever has all of it may ask another process for the page, which then shows it."""
+    http, success = "http_requests_total{method=POST,status=200}", "request_success_total{finished_reason=length}"
+
+    async def scenario(server: Served) -> None:
+        requests, answers = [], []
+
+        def look(_: Message) -> None:
+            found = values(server.context.metrics.text(None))
+            requests.append(found.get(PREFIX + http, 0))
+            answers.append(found.get(PREFIX + success, 0))
+
+        body = {"prompt": "abc", "max_tokens": 4, "stream": stream}
+        visit = Visit(server.app, "/v1/completions", body, on_send=look)
+        await visit.task
+        assert requests == [0] * (len(requests) - 1) + [1]
+        assert answers[-1] == 1
+
+    run(core.endpoint, scenario)
+
+
+def test_a_request_whose_client_leaves_is_counted_once(endless: FakeCore) -> None:
+    async def scenario(server: Served) -> None:
+        visit = Visit(server.app, "/v1/completions", {"prompt": "abc", "max_tokens": 150_000, "stream": True})
+        await visit.sent(2)
+        visit.hang_up()
+        await visit.task
+        found = values(server.context.metrics.text(None))
+        assert found[PREFIX + "http_requests_total{method=POST,status=200}"] == 1
+
+    run(endless.endpoint, scenario)
 
 
 def test_the_page_of_a_server(core: FakeCore) -> None:
