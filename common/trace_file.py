@@ -158,7 +158,7 @@ class Resulted(_Record, frozen=True, tag="result"):
     Attributes:
         time_s: when.
         step_id: the step's.
-        token_ids, no_token_rows, error: as in ModelRunnerOutput.
+        token_ids, no_token_rows, error, max_num_tokens: as in ModelRunnerOutput.
         ended: requests that ended by it.
         num_free_blocks: free blocks afterwards.
     """
@@ -170,6 +170,7 @@ class Resulted(_Record, frozen=True, tag="result"):
     no_token_rows: bytes = b""
     error: str = ""
     ended: list[Ended] = []
+    max_num_tokens: int = 0
 
 
 class Stopped(_Record, frozen=True, tag="stopped"):

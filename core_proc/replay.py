@@ -103,7 +103,13 @@ class Replay:
                 self._fill_masks(record)
                 self._recorder.scheduled(self._scheduler.schedule(record.time_s), record.time_s)
             case Resulted():
-                output = ModelRunnerOutput(record.step_id, record.token_ids, record.no_token_rows, record.error)
+                output = ModelRunnerOutput(
+                    record.step_id,
+                    record.token_ids,
+                    record.no_token_rows,
+                    record.error,
+                    max_num_tokens=record.max_num_tokens,
+                )
                 outcome = self._scheduler.update_from_output(output, record.time_s)
                 self._recorder.updated(output, outcome.finished, record.time_s)
             case Stopped():

@@ -262,6 +262,9 @@ class Scheduler:
             ProtocolError: it is not that step's result, or does not have one token for each slot that sampled.
         """
         step, token_ids = self._match(output)
+        if output.max_num_tokens:  # each running request still gets one token: the worker divides what is too large
+            budget = max(output.max_num_tokens, len(self._table.requests))
+            self._max_num_batched_tokens = min(self._max_num_batched_tokens, budget)
         self._learn_step_time(step, now_s)
         if output.error:
             lives = self._table.epoch[step.slots] == step.epochs

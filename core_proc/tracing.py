@@ -196,6 +196,7 @@ class TraceRecorder:
                 no_token_rows=output.no_token_rows,
                 error=output.error,
                 ended=self._ended(finished),
+                max_num_tokens=output.max_num_tokens,
             )
         )
 

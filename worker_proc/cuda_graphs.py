@@ -27,6 +27,7 @@ from folovllm.common.messages.core_worker import ModelRunnerOutput
 from folovllm.common.sampling_params import GREEDY_TEMPERATURE
 from folovllm.worker_proc.attention.triton_paged import TritonPagedBackend
 from folovllm.worker_proc.forward_graphs import ForwardGraphs
+from folovllm.worker_proc.graph_memory import GraphMemory
 from folovllm.worker_proc.input_batch import InputBatch
 from folovllm.worker_proc.kernels.triton.decode_rows import gather_decode_inputs
 from folovllm.worker_proc.kernels.triton.sampling import (
@@ -108,8 +109,8 @@ class CudaGraphs:
         self._downloads = [torch.empty(most, dtype=torch.int32, pin_memory=True) for _ in range(_RING)]
         self._events = [torch.cuda.Event(blocking=True) for _ in range(_RING)]
         self._turn = 0
-        self._pool = torch.cuda.graph_pool_handle()
-        self._forward = ForwardGraphs(model, backend, kv, states, self._pool)
+        self._memory = GraphMemory()
+        self._forward = ForwardGraphs(model, backend, kv, states, self._memory)
         self._graphs: dict[tuple[int, int, int, int], torch.cuda.CUDAGraph] = {}
         self._batch: _Batch | None = None
 
@@ -129,9 +130,9 @@ class CudaGraphs:
             return None
         bucket = next(size for size in self._buckets if size >= num_rows)
         key = (bucket, *self._backend.choose_parts(bucket, int(seq_lens.max())), batch.needs)
-        graph = self._graphs.get(key)
+        graph = self._graphs.get(key) or self._capture(key)
         if graph is None:
-            graph = self._capture(key)
+            return None
         if batch is not self._batch:
             self._upload(slots)
             self._batch = batch
@@ -179,20 +180,15 @@ class CudaGraphs:
         event.record()
         return GraphResult(step_id, event, host.numpy()[:num_rows])
 
-    def _capture(self, key: tuple[int, int, int, int]) -> torch.cuda.CUDAGraph:
+    def _capture(self, key: tuple[int, int, int, int]) -> torch.cuda.CUDAGraph | None:
         self._slots.fill_(_PADDING)
         self._batch = None
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(stream):
-            self._compute(key)
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
-            self._compute(key)
-        self._graphs[key] = graph
+        captured = self._memory.capture(lambda: self._compute(key))
+        if captured is None:
+            return None
+        self._graphs[key], _ = captured
         logger.debug("captured a step of %d rows, %d parts of at least %d keys, sampling %d", *key)
-        return graph
+        return self._graphs[key]
 
     def _compute(self, key: tuple[int, int, int, int]) -> None:
         """One step, as it is captured."""

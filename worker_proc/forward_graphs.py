@@ -12,7 +12,7 @@ device takes longer than the launches.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ import torch
 from folovllm.common.log import get_logger
 from folovllm.worker_proc.attention.backend import AttentionStep
 from folovllm.worker_proc.attention.triton_paged import TritonPagedBackend
+from folovllm.worker_proc.graph_memory import GraphMemory
 from folovllm.worker_proc.host_to_device import upload
 from folovllm.worker_proc.input_batch import InputBatch
 from folovllm.worker_proc.kernels.triton.paged_prefill import FIELDS, plan_tiles
@@ -54,16 +55,21 @@ class ForwardKey:
 
 
 class ForwardGraphs:
-    """Captures and replays forward passes; `pool` is the memory that all graphs share."""
+    """Captures and replays forward passes; `memory` is what all graphs share."""
 
     def __init__(
-        self, model: CausalLM, backend: TritonPagedBackend, kv: KVTensors, states: RequestStates, pool: Any
+        self,
+        model: CausalLM,
+        backend: TritonPagedBackend,
+        kv: KVTensors,
+        states: RequestStates,
+        memory: GraphMemory,
     ) -> None:
         self._model = model
         self._backend = backend
         self._kv = kv
         self._states = states
-        self._pool = pool
+        self._memory = memory
         device = states.device
         self._decode_buckets = [size for size in _DECODE_BUCKETS if size < states.limits.num_slots]
         self._decode_buckets.append(states.limits.num_slots)
@@ -97,7 +103,10 @@ class ForwardGraphs:
             return None
         if len(tiles) > self._num_tiles(key.tokens):
             return None
-        graph, hidden = self._graphs.get(key) or self._capture(key)
+        captured = self._graphs.get(key) or self._capture(key)
+        if captured is None:
+            return None
+        graph, hidden = captured
         self._fill(batch, key, tiles)
         graph.replay()
         chunks = hidden[key.decodes : key.decodes + num_tokens]
@@ -133,21 +142,15 @@ class ForwardGraphs:
         padded[: len(tiles)] = tiles
         self._tiles[: len(padded)] = upload(padded, self._states.device)
 
-    def _capture(self, key: ForwardKey) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    def _capture(self, key: ForwardKey) -> tuple[torch.cuda.CUDAGraph, torch.Tensor] | None:
         self._seq_lens.zero_()
         self._places.fill_(_NO_PLACE)
         self._tiles.zero_()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._compute(key)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
-            hidden = self._compute(key)
-        self._graphs[key] = graph, hidden
-        logger.debug("captured a forward pass: %s", key)
-        return graph, hidden
+        captured = self._memory.capture(lambda: self._compute(key))
+        if captured is not None:
+            self._graphs[key] = captured
+            logger.debug("captured a forward pass: %s", key)
+        return captured
 
     def _compute(self, key: ForwardKey) -> torch.Tensor:
         size = key.decodes + key.tokens

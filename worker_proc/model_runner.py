@@ -26,6 +26,7 @@ from folovllm.worker_proc.sample.processors import LogitsProcessor
 from folovllm.worker_proc.sample.sampler import Sampled, sample
 from folovllm.worker_proc.step_arrays import StepArrays
 from folovllm.worker_proc.step_graphs import NoGraphs, StepGraphs
+from folovllm.worker_proc.step_parts import StepsInParts
 
 _VOID = -1  # travels to the host in place of a token that means nothing: one copy tells both
 
@@ -86,6 +87,7 @@ class ModelRunner:
         self._states = states
         self._num_valid_token_ids = states.limits.num_valid_token_ids
         self._input_batch = InputBatchBuilder(states, processors or {})
+        self._steps = StepsInParts(self._compute, states.skip, states.device)
 
     @torch.inference_mode()
     def execute(self, step: SchedulerOutput) -> PendingOutput:
@@ -93,25 +95,40 @@ class ModelRunner:
 
         Raises:
             ProtocolError: the step does not fit what the worker knows; nothing is changed.
+            EngineError: the device has too little memory for the smallest part of a step.
         """
         arrays = self._states.apply(step)
         self._copy_blocks(arrays)
-        if (replayed := self._graphs.replay(step.step_id, arrays)) is not None:
+        return self._steps.run(step.step_id, arrays)
+
+    def _compute(self, step_id: int, arrays: StepArrays) -> PendingOutput:
+        """A step that has been applied. One that memory does not suffice for is not counted: it comes again."""
+        if (replayed := self._graphs.replay(step_id, arrays)) is not None:
             return replayed
         batch = self._input_batch.build(arrays)
         index = batch.index
-        self._states.advance(arrays, index.slots, index.query_lens, index.host_sampling_slots)
+        counted = arrays, index.slots, index.query_lens, index.host_sampling_slots
+        self._states.advance(*counted)
+        try:
+            return self._forward_and_sample(step_id, batch)
+        except torch.OutOfMemoryError:
+            self._states.take_back(*counted)
+            raise
+
+    def _forward_and_sample(self, step_id: int, batch: InputBatch) -> PendingOutput:
         hidden = self._forward(batch)
         prompts = self._prompt_logprobs(batch, hidden)
         if batch.num_sampling == 0:
-            return StepResult(step.step_id, None, None, prompts)
+            return StepResult(step_id, None, None, prompts)
         from_network = self._logits(batch.sampling_rows(hidden))
-        asked = index.constraints.logprobs
+        asked = batch.index.constraints.logprobs
         logits = from_network[:, : self._num_valid_token_ids].to(torch.float32, copy=asked is not None)
         apply_constraints(logits, batch.constraints)
         sampled = sample(logits, batch.sampling)
-        self._states.record(index.sampling_slots, batch.next_positions, sampled.token_ids)
-        return StepResult(step.step_id, sampled, self._logprobs(asked, from_network, sampled), prompts)
+        logprobs = self._logprobs(asked, from_network, sampled)
+        result = StepResult(step_id, sampled, logprobs, prompts)
+        self._states.record(batch.index.sampling_slots, batch.next_positions, sampled.token_ids)
+        return result
 
     def _logprobs(self, asked: LogprobRows | None, logits: torch.Tensor, sampled: Sampled) -> SampledLogprobs | None:
         if asked is None:

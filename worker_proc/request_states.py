@@ -80,9 +80,22 @@ class RequestStates:
 
     def advance(self, arrays: StepArrays, slots: torch.Tensor, query_lens: torch.Tensor, samples: Ids) -> None:
         """Counts the step as computed. `slots`, `query_lens` are on the device; `samples` are the slots that sample."""
+        self.num_computed.index_add_(0, slots, query_lens)
         self.counts.num_computed[arrays.slots] += arrays.query_lens
         self.counts.num_tokens[samples] += 1
-        self.num_computed.index_add_(0, slots, query_lens)
+
+    def take_back(self, arrays: StepArrays, slots: torch.Tensor, query_lens: torch.Tensor, samples: Ids) -> None:
+        """Undoes `advance`: the step was not computed, and will be, in parts."""
+        self.num_computed.index_add_(0, slots, query_lens, alpha=-1)  # takes no memory
+        self.counts.num_computed[arrays.slots] -= arrays.query_lens
+        self.counts.num_tokens[samples] -= 1
+
+    def skip(self, arrays: StepArrays) -> None:
+        """Counts a step as computed that is not: one that was sent before this is known finds what it was made for."""
+        counts = self.counts
+        ends = counts.num_computed[arrays.slots] + arrays.query_lens
+        samples = arrays.slots[ends == counts.num_tokens[arrays.slots]]
+        self.advance(arrays, upload(arrays.slots, self.device), upload(arrays.query_lens, self.device), samples)
 
     def record(self, slots: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor) -> None:
         """Writes sampled tokens [S] to `positions` of their `slots`: they are the next inputs."""

@@ -150,6 +150,8 @@ class ModelRunnerOutput(msgspec.Struct, array_like=True, omit_defaults=True, gc=
         logprob_rows: int32 bytes; indices into `token_ids`, rising: tokens that are reported with log probabilities.
         logprobs: one place for each of `logprob_rows`; None if there is none.
         prompt_logprobs: of the requests that ask for them and computed prompt tokens in this step.
+        max_num_tokens: most tokens that later steps should have, since the device's memory did not suffice for more;
+            0 says nothing.
     """
 
     step_id: int
@@ -159,6 +161,7 @@ class ModelRunnerOutput(msgspec.Struct, array_like=True, omit_defaults=True, gc=
     logprob_rows: bytes = b""
     logprobs: Logprobs | None = None
     prompt_logprobs: list[PromptLogprobs] = []
+    max_num_tokens: int = 0
 
 
 CoreToWorker = ConfigureWorker | SchedulerOutput | BadFrame

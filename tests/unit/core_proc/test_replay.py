@@ -93,6 +93,17 @@ def test_these_runs_have_what_can_differ() -> None:
     assert any(isinstance(record, WorkerLost) and len(record.suspects) > 1 for record in records)
 
 
+def test_what_the_worker_has_memory_for_is_known_again() -> None:
+    engine = TracedEngine(depth=1, max_num_batched_tokens=16, max_num_seqs=4)
+    engine.add(40, max_tokens=3)
+    engine.schedule()
+    engine.update(lambda output: msgspec.structs.replace(output, max_num_tokens=5))
+    engine.run()
+    header = header_of(depth=1, max_num_batched_tokens=16, max_num_seqs=4)
+    assert replay(header, engine.records) == (steps_of(engine.records), "")
+    assert [record.max_num_tokens for record in engine.records if isinstance(record, Resulted)] == [5] + [0] * 7
+
+
 def test_masks_that_were_late_are_late_again() -> None:
     engine = TracedEngine(depth=1)
     (late,) = engine.add(5, max_tokens=6, grammar="late")

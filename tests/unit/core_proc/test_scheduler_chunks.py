@@ -1,5 +1,6 @@
 """Prompts in chunks: how large they are, who goes first, and that nobody waits for ever."""
 
+import msgspec
 import pytest
 
 from folovllm.core_proc.request import RequestStatus
@@ -250,3 +251,17 @@ def test_without_running_requests_a_target_cuts_nothing() -> None:
     engine.turn()
     assert steps_of(engine) == [{0: 60}]
     engine.run()
+
+
+def test_steps_get_no_larger_than_what_the_worker_has_memory_for() -> None:
+    engine = SimulatedEngine(
+        max_num_seqs=4, max_num_batched_tokens=32, depth=1, num_blocks=100, enable_prefix_caching=False
+    )
+    engine.add(70, max_tokens=2)
+    for told in (10, 0, 20, 2):
+        engine.schedule()
+        engine.update(lambda output, told=told: msgspec.structs.replace(output, max_num_tokens=told))  # type: ignore[misc]
+    assert steps_of(engine) == [{0: 32}, {0: 10}, {0: 10}, {0: 10}]
+    assert engine.scheduler.max_num_batched_tokens == 4, "but every running request gets a token in each step"
+    engine.run()
+    assert steps_of(engine)[4:] == [{0: 4}, {0: 4}, {0: 1}]

@@ -49,7 +49,7 @@ def _write_to_cache(
     token = first_token + tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + token)
     head, column = tl.arange(0, PADDED_HEADS), tl.arange(0, PADDED)
-    inside = (head < HEADS)[:, None] & (column < HEAD_DIM)[None, :] & (slot >= 0)
+    inside = (head < HEADS)[:, None] & (column < tl.where(slot >= 0, HEAD_DIM, 0))[None, :]
     new = tl.load(new_ptr + token * new_stride + head[:, None] * HEAD_DIM + column[None, :], mask=inside, other=0.0)
     # K heads, then V heads: the cache has them in the same order, one stride apart.
     at = kv_ptr + head[:, None].to(tl.int64) * head_stride + slot * HEAD_DIM + column[None, :]
