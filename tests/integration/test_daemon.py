@@ -12,7 +12,17 @@ import psutil
 import pytest
 
 from folovllm import LLM, EngineDeadError, SamplingParams
-from tests.integration.conftest import END_TIMEOUT_S, ROOT, Daemon, eventually, is_idle, left_of, runtime_dirs
+from tests.integration.conftest import (
+    END_TIMEOUT_S,
+    ENDLESS,
+    ROOM,
+    ROOT,
+    Daemon,
+    eventually,
+    is_idle,
+    left_of,
+    runtime_dirs,
+)
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
 LONG = SamplingParams(max_tokens=500, ignore_eos=True)
@@ -51,10 +61,10 @@ def test_L22_the_requests_of_a_frontend_that_vanishes_are_aborted(daemon: Daemon
     with LLM(engine=daemon.endpoint) as watching:
         if how == "close":
             other = LLM(engine=daemon.endpoint)
-            streams = [other.stream("abc", LONG) for _ in range(20)]
+            streams = [other.stream("abc", LONG) for _ in range(300)]  # some are at work for many seconds
             assert eventually(lambda: watching.get_stats().num_running > 0)
             other.close()
-            assert len(streams) == 20
+            assert len(streams) == 300
         else:
             _start_and_kill_a_frontend(daemon, watching)
         assert eventually(lambda: is_idle(watching) and watching.get_stats().num_frontends == 1)
@@ -89,11 +99,13 @@ def test_threads_share_an_llm_one_call_after_another(daemon: Daemon) -> None:
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_it_in_order(start_daemon: Callable[..., Daemon], number: int, code: int) -> None:
-    daemon = start_daemon()
+def test_a_signal_ends_it_in_order(
+    start_daemon: Callable[..., Daemon], roomy_folder: pathlib.Path, number: int, code: int
+) -> None:
+    daemon = start_daemon(*ROOM, folder=roomy_folder)
     daemon.wait_ready()
     with LLM(engine=daemon.endpoint) as llm:
-        stream = llm.stream("abc", LONG)
+        stream = llm.stream("abc", ENDLESS)
         next(stream)
         got, errors, left = daemon.end(number)
         assert (got, left) == (code, [])
@@ -113,13 +125,15 @@ def test_L35_sigkill_leaves_nothing(start_daemon: Callable[..., Daemon]) -> None
 
 
 @pytest.mark.parametrize("victim", ["core", "worker"])
-def test_the_death_of_a_process_ends_it_with_1_and_the_cause(start_daemon: Callable[..., Daemon], victim: str) -> None:
-    daemon = start_daemon("--max-worker-restarts", "0")
+def test_the_death_of_a_process_ends_it_with_1_and_the_cause(
+    start_daemon: Callable[..., Daemon], roomy_folder: pathlib.Path, victim: str
+) -> None:
+    daemon = start_daemon("--max-worker-restarts", "0", *ROOM, folder=roomy_folder)
     daemon.wait_ready()
     family = daemon.family()
     module = f"folovllm.{victim}_proc"
     with LLM(engine=daemon.endpoint) as llm:
-        stream = llm.stream("abc", LONG)
+        stream = llm.stream("abc", ENDLESS)
         next(stream)
         next(process for process in family if module in process.cmdline()).send_signal(signal.SIGKILL)
         with pytest.raises(EngineDeadError):

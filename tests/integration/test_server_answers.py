@@ -100,7 +100,7 @@ def test_L15_streamed_log_probabilities_are_those_of_the_whole(http: httpx.Clien
 
 
 def test_a_time_limit_ends_an_answer(http: httpx.Client) -> None:
-    body = {"prompt": "a", "max_tokens": 500, "ignore_eos": True, "timeout_s": 0.05}
+    body = {"prompt": "a", "max_tokens": 500, "ignore_eos": True, "timeout_s": 0.001}
     answer = http.post(COMP, json=body).json()
     assert answer["choices"][0]["finish_reason"] == "timeout"
     assert answer["usage"]["completion_tokens"] < 500
@@ -199,9 +199,16 @@ def test_the_inspector_shows_the_engine_at_work(http: httpx.Client) -> None:
             next(line for line in response.iter_lines() if line.startswith("data: {"))
             return http.get("/inspector/state").json()
 
-    state = next(
-        state for state in (look() for _ in range(50)) if state["requests"]
-    )  # on a busy machine it may be late
+    def shows_all(state: Any) -> bool:
+        """On a busy machine the answer has ended, its first steps are forgotten, or the one before it still ends."""
+        steps = state["steps"]
+        return (
+            len(state["requests"]) == 1
+            and any(step["num_decode_tokens"] == 1 for step in steps)
+            and any(step["num_prefill_tokens"] > 0 for step in steps)
+        )
+
+    state = next(state for state in (look() for _ in range(100)) if shows_all(state))
     (request,) = state["requests"]
     assert (request["status"], request["num_prompt_tokens"], request["max_tokens"]) == ("running", 3, 490)
     assert request["num_computed_tokens"] >= 3
@@ -209,6 +216,4 @@ def test_the_inspector_shows_the_engine_at_work(http: httpx.Client) -> None:
     assert state["engine"]["block_size"] == 16
     assert len(state["blocks"]) == -(-state["stats"]["num_blocks"] // state["block_stride"]) == 256
     assert state["blocks"].count("2") >= 1
-    assert any(step["num_decode_tokens"] == 1 for step in state["steps"])
-    assert any(step["num_prefill_tokens"] > 0 for step in state["steps"])
     assert eventually(lambda: http.get("/inspector/state").json()["requests"] == [])
