@@ -12,3 +12,8 @@ def triton_device() -> torch.device:
     if not triton.knobs.runtime.interpret:
         pytest.skip("no CUDA device; TRITON_INTERPRET=1 runs the kernels on the CPU")
     return torch.device("cpu")
+
+
+def half_types(device: torch.device) -> list[torch.dtype]:
+    """Types of 16 bits to test with: the interpreter cuts bfloat16 off instead of rounding, and multiplies its bits."""
+    return [torch.float16, torch.bfloat16] if device.type == "cuda" else [torch.float16]

@@ -19,7 +19,7 @@ from folovllm.worker_proc.layers.blocked import BlockedWeight, BlockLayout, look
 from folovllm.worker_proc.layers.int4_layout import LANES, MIDDLE, PER_WORD, Int4Layout
 from folovllm.worker_proc.layers.linear import ROWS_TO_PACK_FOR
 from folovllm.worker_proc.layers.norm import RMSNorm
-from folovllm.worker_proc.quantization.storage import Quantized
+from folovllm.worker_proc.quantization.storage import InGroups, Quantized
 
 _MOST_ROWS = 8
 
@@ -153,25 +153,17 @@ class Int4Linear:
 def packed_linear(quantized: Quantized, bias: torch.Tensor | None, kernels: Int4Kernels) -> Int4Linear | None:
     """The layer of a weight with numbers from 0 to 15; None if its sizes or its groups are of an odd kind.
 
-    Inputs that are dealt out to groups in any order are brought into the groups' order, once and for all. Groups that
-    no input belongs to are odd, too: a block has scales for as many groups as its inputs fill.
+    Inputs that are dealt out to groups in any order are brought into the groups' order, once and for all.
     """
     inputs, outputs = quantized.numbers.shape
-    size = int((quantized.groups == 0).sum())
-    if size == 0 or quantized.scales.shape[0] != -(-inputs // size):
+    grouped = InGroups.of(quantized)
+    if grouped is None or inputs % LANES or grouped.group_size % PER_WORD:
         return None
-    even = torch.arange(inputs) // size
-    order = torch.argsort(quantized.groups, stable=True)
-    scales = quantized.scales.half()
-    faithful = torch.allclose(scales.float(), quantized.scales.float(), rtol=1e-3, atol=0.0)
-    fits = inputs % LANES == 0 and size % PER_WORD == 0 and torch.equal(quantized.groups[order], even) and faithful
-    if not fits or kernels.scratch(outputs, inputs)[1] is None:
+    if kernels.scratch(outputs, inputs)[1] is None:
         return None
-    shuffled = not torch.equal(quantized.groups, even)
-    numbers = quantized.numbers[order] if shuffled else quantized.numbers
-    layout = Int4Layout(size, bool((quantized.zeros != MIDDLE).any()))
-    blocks, weight = pack_blocks(numbers, quantized.zeros, scales, layout)
-    return Int4Linear(blocks, weight, kernels, order=order if shuffled else None, bias=bias)
+    layout = Int4Layout(grouped.group_size, bool((quantized.zeros != MIDDLE).any()))
+    blocks, weight = pack_blocks(grouped.numbers, quantized.zeros, grouped.scales, layout)
+    return Int4Linear(blocks, weight, kernels, order=grouped.order, bias=bias)
 
 
 def pack_blocks(

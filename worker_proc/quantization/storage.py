@@ -43,6 +43,43 @@ class Quantized:
         return ((self.numbers.to(dtype) - zeros) * scales).t().contiguous()
 
 
+@dataclasses.dataclass(frozen=True)
+class InGroups:
+    """A weight's numbers with the inputs of each group together, groups in order: what kernels take.
+
+    Attributes:
+        numbers: uint8 [K, N].
+        scales: float16 [G, N].
+        order: int64 [K], which input stands where; None for their own order.
+        group_size: inputs of a group; the last may be smaller.
+    """
+
+    numbers: torch.Tensor
+    scales: torch.Tensor
+    order: torch.Tensor | None
+    group_size: int
+
+    @classmethod
+    def of(cls, weight: Quantized) -> "InGroups | None":
+        """The weight so; None if its groups are not of one size, or its scales no float16.
+
+        Groups that no input belongs to are odd, too: kernels read scales of as many groups as the inputs fill.
+        """
+        inputs, groups = weight.numbers.shape[0], weight.groups
+        size = int((groups == 0).sum())
+        if size == 0 or weight.scales.shape[0] != -(-inputs // size):
+            return None
+        even = torch.arange(inputs, device=groups.device) // size
+        scales = weight.scales.half()
+        faithful = torch.allclose(scales.float(), weight.scales.float(), rtol=1e-3, atol=0.0)
+        order = torch.argsort(groups, stable=True)
+        if not faithful or not torch.equal(groups[order], even):
+            return None
+        if torch.equal(groups, even):
+            return cls(weight.numbers, scales, None, size)
+        return cls(weight.numbers[order], scales, order, size)
+
+
 def pack_rows(values: torch.Tensor, bits: int) -> torch.Tensor:
     """Numbers [R, C] → words int32 [R · bits / 32, C], the first of each word's rows in its lowest bits."""
     per_word = WORD_BITS // bits

@@ -12,6 +12,7 @@ from folovllm.worker_proc.layers.int4_linear import Int4Kernels, Int4Linear, pac
 from folovllm.worker_proc.layers.norm import RMSNorm
 from folovllm.worker_proc.quantization.storage import Quantized
 from tests.fakes.blocked import packs_in_blocks
+from tests.fakes.int4_weights import random_weight, relative_error
 
 BFLOAT16 = Placement(torch.device("cpu"), torch.bfloat16)
 
@@ -25,27 +26,10 @@ def kernels() -> Int4Kernels:
     return Int4Kernels(team, None)
 
 
-def random_weight(outputs: int, inputs: int, group_size: int, *, sym: bool, shuffled: bool = False) -> Quantized:
-    generator = torch.Generator().manual_seed(outputs + inputs + group_size)
-    count = -(-inputs // group_size)
-    groups = torch.arange(inputs) // group_size
-    zeros = torch.randint(0, 16, (count, outputs), generator=generator, dtype=torch.uint8)
-    return Quantized(
-        torch.randint(0, 16, (inputs, outputs), generator=generator, dtype=torch.uint8),
-        torch.full_like(zeros, 8) if sym else zeros,
-        torch.randn(count, outputs, generator=generator).mul_(0.01).half(),
-        groups[torch.randperm(inputs, generator=generator)] if shuffled else groups,
-    )
-
-
 def made(weight: Quantized, kernels: Int4Kernels, bias: torch.Tensor | None = None) -> Int4Linear:
     layer = packed_linear(weight, bias, kernels)
     assert layer is not None
     return layer
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual.double() - expected).norm() / expected.norm())
 
 
 CASES = [

@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from folovllm.worker_proc.quantization.storage import Quantized, pack_rows, pack_zeros, unpack_rows, unpack_zeros
+from folovllm.worker_proc.quantization.storage import (
+    InGroups,
+    Quantized,
+    pack_rows,
+    pack_zeros,
+    unpack_rows,
+    unpack_zeros,
+)
 from tests.fakes.gptq_models import Format, pack_weight
 
 
@@ -45,3 +52,24 @@ def test_reads_what_was_packed_number_by_number(bits: int, order: str, sym: bool
     read = Quantized(unpack_rows(stored["qweight"], bits), zeros, stored["scales"], stored["g_idx"].long())
     torch.testing.assert_close(read.dequantize(torch.float64), packed.plain)
     assert (packed.plain - weight).abs().max() < {4: 0.4, 8: 0.03}[bits]
+
+
+def test_inputs_are_brought_together_by_groups() -> None:
+    groups = torch.tensor([1, 0, 2, 1, 0])
+    weight = Quantized(numbers(4, 5, 3), numbers(4, 3, 3), torch.ones(3, 3), groups)
+    grouped = InGroups.of(weight)
+    assert grouped is not None and grouped.order is not None
+    assert grouped.order.tolist() == [1, 4, 0, 3, 2] and grouped.group_size == 2  # the last group has one input
+    assert torch.equal(grouped.numbers, weight.numbers[grouped.order]) and grouped.scales.dtype == torch.float16
+    in_order = InGroups.of(Quantized(weight.numbers, weight.zeros, weight.scales, torch.arange(5) // 2))
+    assert in_order is not None and in_order.order is None and torch.equal(in_order.numbers, weight.numbers)
+
+
+@pytest.mark.parametrize("groups", [[1, 1, 1, 1, 2], [0, 0, 0, 1, 2], [0, 0, 0, 0, 0]])
+def test_groups_that_are_not_even(groups: list[int]) -> None:
+    assert InGroups.of(Quantized(numbers(4, 5, 3), numbers(4, 3, 3), torch.ones(3, 3), torch.tensor(groups))) is None
+
+
+def test_scales_that_are_no_float16() -> None:
+    weight = Quantized(numbers(4, 4, 3), numbers(4, 2, 3), torch.full((2, 3), 1e-9), torch.arange(4) // 2)
+    assert InGroups.of(weight) is None
