@@ -16,7 +16,7 @@ DType = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 LoadFormat = Literal["auto", "dummy"]
-AttentionBackendName = Literal["auto", "torch_naive", "paged", "triton_paged"]
+AttentionBackendName = Literal["auto", "torch_naive", "paged", "triton_paged", "flash_attn"]
 
 MAX_SLOTS = 65536
 MAX_PIPELINE_DEPTH = 2
@@ -55,7 +55,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         max_num_queued_tokens: bound on the prompt tokens of waiting requests; None sets no bound.
         max_worker_restarts: how many workers that end in a row are replaced before the engine ends with the next. One
             that has served for ten minutes begins a new row. 0: the engine ends with its worker.
-        attention_backend: "auto" chooses and logs why.
+        attention_backend: "auto" chooses and logs why: on CUDA "triton_paged", without Triton "flash_attn" (the package
+            flash-attn, with a block_size that it can read), else "paged".
         batch_invariant: an answer's numbers do not depend on what else is computed beside it: products always take the
             same number of rows at once and add up in the same order. On a CPU, with 16-bit types, at some cost. What is
             computed another way (chunks after a preemption, blocks that another request's decoding left in the prefix

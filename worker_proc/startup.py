@@ -11,12 +11,10 @@ from collections.abc import Callable
 import torch
 
 from folovllm.common.errors import ConfigError
-from folovllm.common.log import get_logger
 from folovllm.common.messages.lifecycle import ConfigureWorker, MemoryUse, WorkerReady
 from folovllm.common.model_config import ModelConfig, read_model_config
 from folovllm.worker_proc.attention.backend import AttentionBackend
-from folovllm.worker_proc.attention.paged import PagedBackend
-from folovllm.worker_proc.attention.torch_naive import TorchNaiveBackend
+from folovllm.worker_proc.attention.choice import choose_backend
 from folovllm.worker_proc.cpu_steps import CpuSteps
 from folovllm.worker_proc.device import (
     Placement,
@@ -45,8 +43,6 @@ from folovllm.worker_proc.weights import checkpoint_dtype, fill_dummy_weights, l
 _GRAPHS = 2**31  # left for captured steps: their activations, and what the driver keeps of each
 _WARM_UP = Rehearsal(num_requests=2, prompt_len=16, num_decodes=2)
 
-logger = get_logger(__name__)
-
 
 class Startup:
     """Builds one runner. `check_stop` is called between the parts and raises if the process is to end."""
@@ -71,7 +67,7 @@ class Startup:
             model_config = read_model_config(self._folder)
             placement = self._place(model_config)
             kernels = CpuKernels(model_config, config.block_size, placement)
-            backend = choose_backend(config.attention_backend, model_config, placement, kernels)
+            backend = choose_backend(config.attention_backend, model_config, placement, config.block_size, kernels)
         processors: dict[str, LogitsProcessor] = {}
         if config.logits_processors:
             with self._phases.measure("load logits processors"):
@@ -191,27 +187,6 @@ def make_invariant(placement: Placement, model_config: ModelConfig) -> Placement
     if model_config.quantization is not None:
         raise ConfigError("batch_invariant needs weights that are not quantized")
     return dataclasses.replace(placement, batch_invariant=True)
-
-
-def choose_backend(name: str, model_config: ModelConfig, placement: Placement, kernels: CpuKernels) -> AttentionBackend:
-    """The attention backend of that name; "auto" takes the fastest there is.
-
-    Raises:
-        ConfigError: it is asked for by name and cannot run here.
-    """
-    if name == "torch_naive":
-        return TorchNaiveBackend()
-    if name == "triton_paged" and not placement.use_triton:
-        raise ConfigError("attention_backend='triton_paged' needs a CUDA device and the package triton")
-    if name == "triton_paged" or (name == "auto" and placement.use_triton):
-        from folovllm.worker_proc.attention.triton_paged import HeadCounts, TritonPagedBackend
-
-        logger.info("attention backend: triton_paged, the fastest there is on %s", placement.device.type)
-        heads = HeadCounts(model_config.num_attention_heads, model_config.num_key_value_heads, model_config.head_dim)
-        return TritonPagedBackend(heads, placement)
-    if name == "auto":
-        logger.info("attention backend: paged, the fastest there is on %s", placement.device.type)
-    return PagedBackend(model_config.num_attention_heads, kernels.attention, kernels.chunks)
 
 
 def choose_graphs(

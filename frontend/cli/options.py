@@ -92,7 +92,11 @@ ENGINE_OPTIONS: tuple[_Spec, ...] = (
         int,
         "Workers that end in a row and are replaced; 0: the engine ends with its worker [10].",
     ),
-    ("attention_backend", click.Choice(["auto", "torch_naive", "paged"]), "Attention implementation [auto]."),
+    (
+        "attention_backend",
+        click.Choice(["auto", "torch_naive", "paged", "triton_paged", "flash_attn"]),
+        "Attention implementation [auto].",
+    ),
     ("batch_invariant", bool, "Answers whose numbers do not depend on the batch; on a CPU, 16-bit types [off]."),
     ("logits_processors", str, "A 'module:function' that requests may name; may be given several times."),
     ("cpu_threads", int, "Threads of a worker on the CPU [physical cores]."),

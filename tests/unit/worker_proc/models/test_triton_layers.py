@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from folovllm.common.model_config import read_model_config
+from folovllm.worker_proc.attention.choice import choose_backend
 from folovllm.worker_proc.attention.torch_naive import TorchNaiveBackend
 from folovllm.worker_proc.device import Placement
 from folovllm.worker_proc.kernels.cpu.background import CpuKernels
 from folovllm.worker_proc.kv_tensors import KVTensors
 from folovllm.worker_proc.models.registry import build_model
-from folovllm.worker_proc.startup import choose_backend
 from folovllm.worker_proc.weights import load_weights
 from tests.fakes.attention import PagedRequest, build_metadata, positions_of
 from tests.fakes.tiny_models import FAMILIES, make_model
@@ -31,7 +31,7 @@ def logits_of(folder: pathlib.Path, placement: Placement, query_lens: list[int],
     requests = [PagedRequest([1 + 3 * row, 2 + 3 * row, 3 + 3 * row], context) for row, context in enumerate(contexts)]
     metadata = build_metadata(requests, query_lens, BLOCK_SIZE, placement.device)
     kernels = CpuKernels(config, BLOCK_SIZE, placement)
-    backend = choose_backend("auto", config, placement, kernels) if placement.use_triton else TorchNaiveBackend()
+    backend = choose_backend("auto", config, placement, 16, kernels) if placement.use_triton else TorchNaiveBackend()
     step = backend.begin_step(kv, metadata)
     positions = positions_of(requests, query_lens).to(placement.device)
     ids = torch.arange(sum(query_lens), device=placement.device) * 7 % config.vocab_size
