@@ -74,27 +74,31 @@ class Heartbeat:
     def __init__(self, context: ServerContext) -> None:
         self._context = context
         self._timeout_s = context.options.health_timeout_s
+        self._watch = Watch(self._timeout_s, time.monotonic())
 
     async def run(self) -> None:
         """Until it is cancelled, or the engine has ended."""
-        watch = Watch(self._timeout_s, time.monotonic())
         while self._context.llm.failure is None:
-            verdict = await self._beat(watch)
-            if bool(verdict.stuck) != bool(self._context.stuck):
-                logger.warning("%s", verdict.stuck or "the engine goes on")
-            self._context.stuck = verdict.stuck
-            if verdict.hopeless and self._context.num_active:
-                logger.error("%s: %d requests are ended", verdict.stuck, self._context.num_active)
-                await self._context.abort_all()
+            await self.beat()
             await asyncio.sleep(self._timeout_s / 2)
         self._context.stuck = str(self._context.llm.failure)
 
-    async def _beat(self, watch: Watch) -> Verdict:
+    async def beat(self) -> None:
+        """Asks once, and carries out what follows."""
+        verdict = await self._ask()
+        if bool(verdict.stuck) != bool(self._context.stuck):
+            logger.warning("%s", verdict.stuck or "the engine goes on")
+        self._context.stuck = verdict.stuck
+        if verdict.hopeless and self._context.num_active:
+            logger.error("%s: %d requests are ended", verdict.stuck, self._context.num_active)
+            await self._context.abort_all()
+
+    async def _ask(self) -> Verdict:
         try:
             async with asyncio.timeout(self._timeout_s):
                 stats = await self._context.llm.get_stats()
         except TimeoutError:
-            return watch.missed(time.monotonic())
+            return self._watch.missed(time.monotonic())
         except EngineError as error:
             return Verdict(str(error))
-        return watch.answered(stats, time.monotonic())
+        return self._watch.answered(stats, time.monotonic())

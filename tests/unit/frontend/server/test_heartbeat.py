@@ -64,13 +64,21 @@ def test_silence_of_the_core_is_not_counted_against_its_worker() -> None:
 
 
 def test_L36_nobody_waits_for_a_stuck_engine(core: FakeCore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heartbeat, "STEP_BOUND_S", 0.2)
+    """Beat by beat, and with time for every answer: a machine that is held up looks like no stuck engine."""
 
     async def scenario(server: Served) -> None:
-        beats = asyncio.ensure_future(Heartbeat(server.context).run())
+        beats = Heartbeat(server.context)
+        await beats.beat()
+        assert not server.context.stuck
         core.gate.clear()
-        waiting = await server.post(CHAT, HELLO)  # no token comes
-        assert waiting.json()["choices"][0]["finish_reason"] == "abort"
+        waiting = asyncio.ensure_future(server.post(CHAT, HELLO))  # no token comes
+        assert await asyncio.to_thread(core.wait_until, lambda: len(core.live) == 1)
+        await beats.beat()
+        assert not server.context.stuck
+        with monkeypatch.context() as patch:
+            patch.setattr(heartbeat, "STEP_BOUND_S", 0.0)
+            await beats.beat()
+        assert (await waiting).json()["choices"][0]["finish_reason"] == "abort"
         refused = await server.post(CHAT, HELLO)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_stuck")
         assert refused.headers["Retry-After"] == "5"
@@ -78,9 +86,21 @@ def test_L36_nobody_waits_for_a_stuck_engine(core: FakeCore, monkeypatch: pytest
             health = await server.http.get(path)
             assert (health.status_code, health.json()["status"]) == (503, "stuck")
         core.gate.set()
-        while (await server.http.get("/health")).status_code != 200:
-            await asyncio.sleep(0.01)
+        await beats.beat()
+        assert (await server.http.get("/health")).status_code == 200
         assert (await server.post(CHAT, HELLO)).status_code == 200
+
+    run(core.endpoint, scenario, health_timeout_s=20.0)
+
+
+def test_it_asks_until_it_is_cancelled(core: FakeCore) -> None:
+    async def scenario(server: Served) -> None:
+        server.context.stuck = "of late"
+        beats = asyncio.ensure_future(Heartbeat(server.context).run())
+        for since in ("of late", "again"):
+            server.context.stuck = since
+            while server.context.stuck:
+                await asyncio.sleep(0.001)
         beats.cancel()
         with suppress(asyncio.CancelledError):
             await beats
