@@ -1,8 +1,8 @@
 """A core without scheduler and worker, for tests of frontends: it answers each request with ids from a script.
 
 In a thread (`FakeCore`), or as a program that `EngineProcess` starts (`python -m tests.fakes.fake_core_for_frontend`);
-there the model's folder name chooses what it does: `fail-…` reports Failed, `exit-…` exits with code 7, `hang-…` never
-gets ready, `die-…` kills itself once it has a request, everything else serves.
+there the model's folder name chooses what it does: `fail-…` reports Failed, `exit-…` exits with code 7, `interrupt-…`
+sends its parent SIGINT and never gets ready, `die-…` kills itself once it has a request, everything else serves.
 """
 
 import argparse
@@ -143,7 +143,7 @@ class FakeCore:
         """Sends any bytes to all frontends."""
         self._raw.append(frame)
 
-    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 10.0) -> bool:
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 30.0) -> bool:
         """Waits, bounded, until a condition on this core's state holds."""
         with self.changed:
             return self.changed.wait_for(condition, timeout_s)
@@ -327,7 +327,7 @@ def main() -> None:
         launch.close(linger=2000)
         context.term()
         return
-    if kind != "hang":
+    if kind != "interrupt":
         endpoint = configuration.listen or f"ipc://{configuration.runtime_dir}/frontends"
         with FakeCore(endpoint, model=configuration.config.model) as core:
             core.die_on_request = kind == "die"
@@ -335,6 +335,7 @@ def main() -> None:
             launch.send(encode(CoreReady(core.endpoint, phases, [MemoryUse("weights", 5 * 2**20)])))
             poller.poll()
     else:
+        os.kill(os.getppid(), signal.SIGINT)
         poller.poll()
     launch.close()
     context.term()
