@@ -28,7 +28,8 @@ def main() -> int:
         die_with_parent_thread()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     elif options.mode in ("orderly", "stuck"):
-        watch = ParentWatch(options.death_fd, 0.3, lambda: will.write_text("not the last one"))
+        grace_s = 0.3 if options.mode == "stuck" else 60.0  # a busy machine does not end an orderly one by force
+        watch = ParentWatch(options.death_fd, grace_s, lambda: will.write_text("not the last one"))
         watch.set_last_will(lambda: will.write_text("done"))
     options.file.with_suffix(".part").write_text(str(os.getpid()))
     options.file.with_suffix(".part").rename(options.file)
