@@ -3,7 +3,6 @@
 import os
 import pathlib
 import signal
-import time
 
 import pytest
 
@@ -17,6 +16,7 @@ from tests.fakes.fake_parent import FakeParent, make_model_dir
 from tests.fakes.fake_worker import Script, expected_output
 
 GREEDY = SamplingRow()
+BOUND_S = 30.0
 
 
 def test_a_recorded_run_is_made_again_with_the_same_decisions(tmp_path: pathlib.Path) -> None:
@@ -49,7 +49,7 @@ def test_a_trace_survives_a_core_that_is_killed(tmp_path: pathlib.Path) -> None:
         while frontend.num_pings < num_pings + 2:  # a second later at most it is in the file
             frontend.receive()
         os.kill(parent.core.pid, signal.SIGKILL)
-        assert parent.core.wait(5.0)
+        assert parent.core.wait(BOUND_S)
     _, records = read_run(TraceReader(path))
     assert sum(isinstance(record, Resulted) for record in records) == 20
 
@@ -67,18 +67,19 @@ def test_a_trace_file_that_cannot_be_written_is_an_error_at_the_start(tmp_path: 
 
 def test_a_time_limit_ends_a_request_with_what_it_has(tmp_path: pathlib.Path) -> None:
     with one_frontend(tmp_path, Script(num_blocks=512), max_num_seqs=1) as frontend:
-        begun = time.monotonic()
-        frontend.add(make_request(1, [1, 2], 1_000_000, timeout_s=0.3))
-        frontend.add(make_request(2, [3], 5, timeout_s=0.1), make_request(3, [4], 5, timeout_s=60.0))
+        frontend.add(  # in one message, so that nothing that holds this process up makes the second outlast the first
+            make_request(1, [1, 2], 1_000_000, timeout_s=0.3),
+            make_request(2, [3], 5, timeout_s=0.1),
+            make_request(3, [4], 5, timeout_s=600.0),
+        )
         frontend.wait_for(1, 2, 3)
-        assert time.monotonic() - begun < 10.0
         first, second, third = (frontend.finished[number].finish_reason for number in (1, 2, 3))
         assert (second, third) == ("timeout", "length")
         assert first in ("timeout", "length")  # a quick machine fills the pool in time
         answer = frontend.output(1)
         assert answer == expected_output([1, 2], len(answer), GREEDY)
         assert frontend.output(2) == []
-        assert 0.1 <= frontend.finished[2].total_s < 5.0
+        assert 0.1 <= frontend.finished[2].total_s < BOUND_S
         assert frontend.output(3) == expected_output([4], 5, GREEDY)
 
 

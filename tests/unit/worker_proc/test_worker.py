@@ -70,10 +70,11 @@ def test_phases_count_from_the_engines_start() -> None:
     phases.add("import", origin + 1.0)
     with phases.measure("load"):
         pass
+    passed_s = time.time() - origin
     first, second = phases.rows
     assert (first.process, first.phase, second.phase) == ("worker-3", "import", "load")
     assert first.start_s == pytest.approx(1.0, abs=0.01)
-    assert first.seconds == pytest.approx(4.0, abs=0.5)
+    assert 4.0 - 0.01 <= first.seconds <= passed_s - 1.0 + 0.01
     assert second.start_s >= first.start_s + first.seconds - 0.01
 
 
