@@ -68,7 +68,7 @@ def test_L22_cancelled_consumers_leave_nothing(daemon: Daemon) -> None:
 
     async def scenario(llm: AsyncLLM) -> None:
         await asyncio.gather(*(leave_after_one(llm) for _ in range(100)))
-        tasks = [asyncio.ensure_future(text_of(llm, "abc", LONG)) for _ in range(300)]
+        tasks = [asyncio.ensure_future(text_of(llm, "abc", ENDLESS)) for _ in range(300)]
         while not (await llm.get_stats()).num_waiting:
             pass  # some are still in the queue when they are cancelled
         for task in tasks:
