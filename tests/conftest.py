@@ -19,7 +19,7 @@ pytest_plugins = ["tests.fakes.models"]
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("repeatable")
 
-_LAST_GRACE_S = 5.0
+_LAST_GRACE_S = 30.0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -121,7 +121,7 @@ class FakeCore:
 
     def close(self) -> None:
         if self.worker.sentinel >= 0:
-            self.worker.stop(5.0)
+            self.worker.stop(30.0)
         self.socket.close()
         self._context.term()
 

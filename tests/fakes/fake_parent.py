@@ -105,7 +105,7 @@ class FakeParent:
 
     def stop(self) -> int:
         """Ends the core in order; returns its exit code."""
-        exit_code = self.core.stop(10.0)
+        exit_code = self.core.stop(30.0)
         self._context.destroy(0)
         shutil.rmtree(self.runtime_dir, ignore_errors=True)
         return exit_code

@@ -13,6 +13,7 @@ from tests.fakes.fake_parent import FakeParent, make_model_dir
 from tests.fakes.fake_worker import VOCAB_SIZE, Script, expected_output, int32_bytes
 
 GREEDY = SamplingRow()
+BOUND_S = 30.0
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_start_fails_with_its_cause(tmp_path: pathlib.Path, options: dict[str, o
         assert message in failed.message
         assert failed.process == "core"
         assert "Traceback" in failed.traceback
-        assert parent.core.wait(5.0)
+        assert parent.core.wait(BOUND_S)
         assert parent.core.exit_code() == 1
         assert not parent.runtime_dir.exists()
 

@@ -23,6 +23,7 @@ from tests.fakes.simulated_logprobs import Place, pack
 
 GREEDY = SamplingRow()
 NUM_RANDOM_FRAMES = 1000
+BOUND_S = 30.0
 
 
 @pytest.fixture
@@ -203,7 +204,7 @@ def test_a_worker_that_reports_its_end_ends_an_engine_without_restarts_with_its_
             frontend.receive()
         assert "the device is lost" in frontend.failures[0]
         assert parent.failure().message == "the device is lost (max_worker_restarts=0: it is not replaced)"
-        assert parent.core.wait(5.0)
+        assert parent.core.wait(BOUND_S)
         assert parent.core.exit_code() == 1
 
 
@@ -219,7 +220,7 @@ def test_a_killed_worker_ends_an_engine_without_restarts_with_the_cause(tmp_path
             frontend.receive()
         assert "was killed by SIGKILL" in frontend.failures[0]
         assert "was killed by SIGKILL" in parent.failure().message
-        assert parent.core.wait(5.0)
+        assert parent.core.wait(BOUND_S)
         assert parent.core.exit_code() == 1
         assert not parent.runtime_dir.exists()
 

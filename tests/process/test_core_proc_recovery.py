@@ -14,7 +14,7 @@ from tests.fakes.fake_frontend import FakeFrontend, make_request
 from tests.fakes.fake_parent import FakeParent
 from tests.fakes.fake_worker import Script, WorkerControl, expected_output, write_script
 
-BOUND_S = 5.0
+BOUND_S = 30.0
 POISON = 666
 
 

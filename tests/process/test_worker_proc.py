@@ -35,7 +35,7 @@ def ready(folder: pathlib.Path) -> Iterator[tuple[FakeCore, WorkerReady]]:
     with running_core() as core:
         yield core, core.start(engine_config(folder))
         assert core.worker.exit_code() is None, "no test may have ended the worker"
-        assert core.worker.stop(5.0) == 0
+        assert core.worker.stop(BOUND_S) == 0
 
 
 def generate(core: FakeCore, slot: int, prompt: list[int], count: int, first_step: int) -> list[int]:

@@ -14,7 +14,7 @@ from folovllm.common.messages.lifecycle import ConfigureWorker
 from tests.fakes.fake_core import MAX_MODEL_LEN, FakeCore, engine_config, int32, new_request, running_core, write_config
 from tests.sources import ROOT
 
-END_BOUND_S = 5.0
+END_BOUND_S = 30.0  # soon; a machine may be held up
 PHASES = ("hello", "loading", "ready", "busy")
 
 

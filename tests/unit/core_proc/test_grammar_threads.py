@@ -19,7 +19,7 @@ from folovllm.core_proc.request import Request, RequestStatus
 from tests.fakes.model_folder import byte_vocabulary
 from tests.fakes.tokenizers_ import byte_level_backend
 
-WAIT_S = 10.0
+WAIT_S = 30.0
 END = 256
 NUM_IDS = 257
 

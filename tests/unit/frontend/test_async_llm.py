@@ -16,7 +16,7 @@ from folovllm.frontend.async_llm import AsyncLLM
 from tests.fakes.fake_core_for_frontend import FakeCore
 from tests.fakes.model_folder import IM_END
 
-_TIMEOUT_S = 20.0
+_TIMEOUT_S = 60.0
 
 
 def tokens(count: int, **more: Any) -> SamplingParams:

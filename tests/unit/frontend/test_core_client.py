@@ -20,6 +20,8 @@ from folovllm.frontend.engine_process import EngineProcess
 from tests.fakes.fake_core_for_frontend import FakeCore
 from tests.unit.frontend.test_engine_process import FAKE_CORE
 
+BOUND_S = 30.0
+
 
 @pytest.fixture
 def client(core: FakeCore) -> Iterator[CoreClient]:
@@ -36,7 +38,7 @@ def outputs_of(client: CoreClient, numbers: set[int]) -> list[EngineCoreOutputs]
     """What comes until all these numbers have finished."""
     taken = []
     while numbers:
-        received = client.receive(5.0)
+        received = client.receive(BOUND_S)
         assert received
         for message in received:
             assert isinstance(message, EngineCoreOutputs)
@@ -81,14 +83,14 @@ def test_abort(client: CoreClient, core: FakeCore) -> None:
 
 def test_stats_echo_the_ticket(client: CoreClient) -> None:
     client.ask_stats(41)
-    (message,) = client.receive(5.0)
+    (message,) = client.receive(BOUND_S)
     assert isinstance(message, EngineStats)
     assert message.ticket == 41
 
 
 def test_a_reset_of_the_prefix_cache_is_answered_once_it_is_done(client: CoreClient) -> None:
     client.reset_prefix_cache(7)
-    (message,) = client.receive(5.0)
+    (message,) = client.receive(BOUND_S)
     assert isinstance(message, EngineStats)
     assert (message.ticket, message.num_cached_blocks) == (7, 0)
 
@@ -103,7 +105,7 @@ def test_no_more_than_asked_for_is_taken_at_once(client: CoreClient, core: FakeC
     assert core.wait_until(lambda: bool(core.requests) and not core.live)
     client.ask_stats(1)
     sizes: list[int] = []
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + BOUND_S
     while sum(sizes) < 6:  # five steps, and the answer
         sizes.append(len(client.receive_ready(2)))
         assert time.monotonic() < deadline
@@ -136,7 +138,7 @@ def test_engine_failed_comes_after_what_was_sent_before_it(client: CoreClient, c
     outputs_of(client, {1})
     core.fail("worker-0: MemoryError: full")
     with pytest.raises(EngineDeadError, match="worker-0: MemoryError: full"):
-        client.receive(5.0)
+        client.receive(BOUND_S)
     with pytest.raises(EngineDeadError, match="MemoryError"):
         client.receive_ready()
 
@@ -145,7 +147,7 @@ def test_a_lost_connection(model_folder: pathlib.Path, tmp_path: pathlib.Path) -
     with FakeCore(f"ipc://{tmp_path}/core", model=str(model_folder)) as core:
         client = CoreClient(core.endpoint)
     with pytest.raises(EngineDeadError, match=r"the connection to the engine .* was lost"):
-        client.receive(5.0)
+        client.receive(BOUND_S)
     client.close()
 
 
@@ -185,7 +187,7 @@ def test_frames_that_nobody_is_to_blame_for_end_the_connection(
         client = CoreClient(core.endpoint)
         core.send_raw(frame)
         with pytest.raises(EngineDeadError, match=f"given up, as it makes no sense: .*{message}") as caught:
-            client.receive(5.0)
+            client.receive(BOUND_S)
         assert isinstance(caught.value.__cause__, ProtocolError)
         client.close()
         for call in (client.receive_ready, client.receive, lambda: client.ask_stats(1)):
@@ -199,9 +201,9 @@ def test_what_came_before_a_bad_frame_is_given_out_first(tmp_path: pathlib.Path)
         core.gate.clear()
         core.send_raw(encode(EngineCoreOutputs()))
         core.send_raw(b"\xc1")
-        assert client.receive(5.0)[:1] == [EngineCoreOutputs()]
+        assert client.receive(BOUND_S)[:1] == [EngineCoreOutputs()]
         with pytest.raises(EngineDeadError, match="given up"):
-            client.receive(5.0)
+            client.receive(BOUND_S)
         client.close()
 
 
@@ -210,7 +212,7 @@ def test_a_malformed_entry_ends_its_request_here_and_in_the_core(client: CoreCli
     client.add([request(1), request(2)])
     assert core.wait_until(lambda: len(core.live) == 2)
     core.send_raw(msgspec.msgpack.encode(["outputs", b"", b"", [[1, "no such reason"]]]))
-    (message,) = client.receive(5.0)
+    (message,) = client.receive(BOUND_S)
     assert isinstance(message, EngineCoreOutputs)
     assert [(end.number, end.finish_reason) for end in message.finished] == [(1, "error")]
     assert core.wait_until(lambda: core.aborted == [1])
@@ -222,10 +224,10 @@ def test_a_second_welcome_is_a_fault_and_a_ping_is_none(tmp_path: pathlib.Path) 
     with FakeCore(f"ipc://{tmp_path}/core") as core:
         client = CoreClient(core.endpoint)
         core.send_raw(encode(Ping()))
-        assert client.receive(5.0) == []
+        assert client.receive(BOUND_S) == []
         core.send_raw(encode(client.welcome))
         with pytest.raises(EngineDeadError, match="unexpected Welcome"):
-            client.receive(5.0)
+            client.receive(BOUND_S)
         client.close()
 
 

@@ -224,11 +224,11 @@ def test_a_stream_closed_while_another_thread_is_in_a_call_is_aborted_by_that_ca
 
     thread = threading.Thread(target=call)
     thread.start()
-    assert inside.wait(5)
+    assert inside.wait(30)
     assert core.wait_until(lambda: len(core.requests) == 2)
     stream.close()
     core.gate.set()
-    thread.join(10)
+    thread.join(30)
     assert texts == ["dc"]
     llm.get_stats()  # whatever was left is dealt with by now
     assert core.wait_until(lambda: number in core.aborted or not core.live)

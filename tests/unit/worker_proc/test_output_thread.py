@@ -17,7 +17,7 @@ from folovllm.common.messages.lifecycle import BadFrame
 from folovllm.common.transport import Decoder, bind, encode, new_socket
 from folovllm.worker_proc.output_thread import OutputThread
 
-BOUND_S = 10.0
+BOUND_S = 30.0
 
 
 class Pending:

@@ -14,7 +14,7 @@ from folovllm.common.errors import EngineDeadError, RequestFailedError
 from folovllm.frontend.server.errors import ApiError
 from folovllm.frontend.server.sse import EventStream, error_event, unless_disconnected
 
-_TIMEOUT_S = 10.0
+_TIMEOUT_S = 30.0
 
 
 class Client:
