@@ -15,6 +15,7 @@ import sys
 import time
 
 from folovllm.common.child_process import ParentWatch
+from folovllm.common.kept_imports import kept_imports
 from folovllm.common.stop_signals import StopSignals
 
 _GRACE_S = 3.5  # from the parent's end to the forced end of this process, if the orderly one takes longer
@@ -33,18 +34,21 @@ def main() -> int:
     watch = ParentWatch(options.death_fd, _GRACE_S, lambda: None) if options.death_fd is not None else None
 
     # What costs time to import comes after the watch: the parent may end in the meantime.
-    from folovllm.core_proc.core_process import CoreProcess
-    from folovllm.core_proc.parent_link import ParentLink
-    from folovllm.core_proc.waiter import Waiter
+    with kept_imports():
+        from folovllm.core_proc.early_start import start_early
+
+        early = start_early(options.connect, options.worker_module, started_at)
+        from folovllm.core_proc.core_process import CoreProcess
+        from folovllm.core_proc.parent_link import ParentLink
+        from folovllm.core_proc.waiter import Waiter
 
     waiter = Waiter(watch, signals)
     exit_code = CoreProcess(
         ParentLink(options.connect, options.name, waiter),
         waiter,
         name=options.name,
-        worker_module=options.worker_module,
+        early=early,
         watch=watch,
-        started_at=started_at,
     ).run()
     signals.ignore()
     return exit_code

@@ -12,7 +12,7 @@ import zmq
 import folovllm
 from folovllm.common.child_process import ParentWatch
 from folovllm.common.config import EngineConfig
-from folovllm.common.errors import ConfigError, FoloVLLMError
+from folovllm.common.errors import ConfigError, EngineStartError, FoloVLLMError
 from folovllm.common.log import get_logger, setup_logging
 from folovllm.common.messages.frontend_core import Welcome
 from folovllm.common.messages.lifecycle import (
@@ -26,9 +26,10 @@ from folovllm.common.messages.lifecycle import (
 from folovllm.common.model_config import read_model_config
 from folovllm.common.stop_signals import StopRequested
 from folovllm.common.trace_file import TRACE_VERSION, TraceHeader, TraceWriter
-from folovllm.common.transport import Authenticator, bind, new_socket, remove_socket_file, runtime_dir_of
+from folovllm.common.transport import Authenticator, bind, new_socket, remove_socket_file
 from folovllm.core_proc.admission import Admission
 from folovllm.core_proc.block_pool import BlockPool
+from folovllm.core_proc.early_start import EarlyStart
 from folovllm.core_proc.engine_core import EngineCore
 from folovllm.core_proc.executor import Executor, WorkerFailedError
 from folovllm.core_proc.frontends import MAX_KEPT_FRAMES, Frontends
@@ -59,20 +60,18 @@ class CoreProcess:
         waiter: Waiter,
         *,
         name: str,
-        worker_module: str,
+        early: EarlyStart,
         watch: ParentWatch | None,
-        started_at: float,
     ) -> None:
         self._parent = parent
         self._waiter = waiter
         self._name = name
-        self._worker_module = worker_module
+        self._early = early
         self._watch = watch
-        self._started_at = started_at
         self._imported_at = time.time()
         self._phases: list[PhaseTime] = []
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._runtime_dir: pathlib.Path | None = None
+        self._context = early.context
+        self._runtime_dirs: set[pathlib.Path] = set()
         self._endpoint = ""  # where frontends are served
         self._socket: zmq.Socket[bytes] | None = None
         self._authenticator: Authenticator | None = None
@@ -84,7 +83,9 @@ class CoreProcess:
     def run(self) -> int:
         """From the Hello to the last clean-up; returns the exit code."""
         try:
-            self._remove_at_end(runtime_dir_of(self._parent.endpoint))
+            self._remove_at_end(self._early.runtime_dir)
+            if self._early.worker is not None:
+                self._executor = Executor(self._early.worker)
             self._start(self._parent.ask_configuration(self._context)).run()
         except StopRequested as stop:
             logger.debug("%s", stop)
@@ -104,15 +105,16 @@ class CoreProcess:
         config = configure.config
         setup_logging(self._name, config.log_level)
         self._remove_at_end(pathlib.Path(configure.runtime_dir))
-        origin = configure.started_at or self._started_at
-        self._phases.append(
-            PhaseTime(self._name, "import", self._started_at - origin, self._imported_at - self._started_at)
-        )
+        early = self._early
+        origin = configure.started_at or early.started_at
+        begun, done = early.started_at - origin, early.started_at + early.seconds
+        self._phases.append(PhaseTime(self._name, "start the worker", begun, early.seconds))
+        self._phases.append(PhaseTime(self._name, "import", done - origin, self._imported_at - done))
         with self._phase("check the model, listen", origin):
             max_model_len, num_valid_token_ids = _resolve_limits(config)
             endpoint = self._listen(configure.listen or f"ipc://{configure.runtime_dir}/frontends")
-        with self._phase("start the worker", origin):
-            self._executor = Executor(self._context, configure.runtime_dir, self._worker_module)
+        if self._executor is None:
+            raise EngineStartError(f"cannot start the worker process: {early.failure}") from early.failure
         self._start_grammars(pathlib.Path(config.model), num_valid_token_ids)
         ready = self._executor.start(self._waiter, ConfigureWorker(config, 0, max_model_len, configure.started_at))
         with self._phase("build the scheduler", origin):
@@ -208,11 +210,10 @@ class CoreProcess:
         logger.info("recording the scheduler's decisions, and all token ids, in %s", config.trace_file)
         return self._sink
 
-    def _remove_at_end(self, runtime_dir: pathlib.Path | None) -> None:
-        if runtime_dir is not None:
-            self._runtime_dir = runtime_dir
-            if self._watch is not None:
-                self._watch.set_last_will(self._remove_files)
+    def _remove_at_end(self, runtime_dir: pathlib.Path) -> None:
+        self._runtime_dirs.add(runtime_dir)
+        if self._watch is not None:
+            self._watch.set_last_will(self._remove_files)
 
     def _remove_socket_file(self) -> None:
         """Once, and before the socket closes: then another engine may take the name."""
@@ -222,8 +223,8 @@ class CoreProcess:
 
     def _remove_files(self) -> None:
         self._remove_socket_file()
-        if self._runtime_dir is not None:
-            shutil.rmtree(self._runtime_dir, ignore_errors=True)
+        for folder in self._runtime_dirs:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _tell(self, failure: Failed) -> None:
         """Tells the frontends and the parent why the engine ends."""

@@ -62,17 +62,9 @@ class _Ending(NamedTuple):
 class Executor:
     """Submits steps to the worker and collects their results, in the same order."""
 
-    def __init__(
-        self,
-        context: "zmq.Context[zmq.Socket[bytes]]",
-        runtime_dir: str,
-        worker_module: str,
-        step_bound_s: float = STEP_BOUND_S,
-    ) -> None:
-        """Starts `python -m worker_module`. Raises OSError where the system cannot start it."""
-        self._context = context
-        self._endpoint = f"ipc://{runtime_dir}/worker"
-        self._worker_module = worker_module
+    def __init__(self, first_worker: WorkerLink, step_bound_s: float = STEP_BOUND_S) -> None:
+        """`first_worker` has just been started; it and those that follow it are the executor's to close."""
+        self._link = first_worker
         self._step_bound_s = step_bound_s
         self._start_bound_s = step_bound_s
         self._in_flight: deque[int] = deque()  # step ids
@@ -83,13 +75,15 @@ class Executor:
         self._is_told_ready = True
         self._waiter: Waiter | None = None
         self._configure: ConfigureWorker | None = None
-        self.num_restarts = 0
-        self._link = WorkerLink(context, self._endpoint, worker_module)
 
     @property
     def socket(self) -> "zmq.Socket[bytes]":
         """To be waited for: `collect` when it is readable."""
         return self._link.socket
+
+    @property
+    def num_restarts(self) -> int:
+        return self._link.number
 
     @property
     def num_in_flight(self) -> int:
@@ -194,8 +188,7 @@ class Executor:
         self._in_flight.clear()
         self._ending = None
         self._started_s, self._is_told_ready = now_s, False
-        self.num_restarts += 1
-        self._link = WorkerLink(self._context, f"{self._endpoint}-{self.num_restarts}", self._worker_module)
+        self._link = self._link.successor()
         self._waiter.add(self._link.socket)
         self._waiter.add(self._link.process.sentinel)
 

@@ -6,6 +6,7 @@ is told of: what a worker that was given up still has on its way reaches nobody.
 """
 
 import contextlib
+import pathlib
 from collections.abc import Iterator
 from typing import Final
 
@@ -37,23 +38,37 @@ class WorkerLink:
     """See the module's head.
 
     Attributes:
+        number: how many workers the engine had before this one.
         socket: to be waited for.
         process: to be waited for, by its sentinel.
         ready: what the worker said when it was; None before.
         report: why it cannot go on, in its own words; None as a rule.
     """
 
-    def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", endpoint: str, worker_module: str) -> None:
-        """Starts `python -m worker_module`. Raises OSError where the system cannot start it."""
+    def __init__(
+        self, context: "zmq.Context[zmq.Socket[bytes]]", folder: pathlib.Path, worker_module: str, number: int = 0
+    ) -> None:
+        """Starts `python -m worker_module`, the engine's worker number `number`, which dials a socket in `folder`.
+
+        Raises OSError where the system cannot start it.
+        """
+        self.number = number
+        self._folder = folder
+        self._worker_module = worker_module
+        self._is_configured = False
         self.ready: WorkerReady | None = None
         self.report: Failed | None = None
         self.socket = new_socket(context, zmq.ROUTER)
         self.socket.setsockopt(zmq.MAXMSGSIZE, -1)  # log probabilities of a step may take more, and the worker is ours
         self._refusals = Refusals(self.socket, "worker link")
         self._decoder: Decoder[WorkerToCore] = Decoder(WorkerToCore)
-        bound, _ = bind(self.socket, endpoint)
+        bound, _ = bind(self.socket, f"ipc://{folder}/worker-{number}")
         self.process = ChildProcess(worker_module, ["--connect", bound, "--name", WORKER_NAME], WORKER_NAME)
         logger.debug("started %s as pid %d", worker_module, self.process.pid)
+
+    def successor(self) -> "WorkerLink":
+        """Another worker of the same kind, started now. Raises OSError where the system cannot start it."""
+        return WorkerLink(self.socket.context, self._folder, self._worker_module, self.number + 1)
 
     def receive(self, configure: ConfigureWorker) -> Iterator[tuple[bytes, ModelRunnerOutput]]:
         """The results that have arrived, and on which connection; everything else takes effect here."""
@@ -82,8 +97,11 @@ class WorkerLink:
         self._refusals.refuse(INPUT if identity == OUTPUT else identity, reason)
 
     def close(self, grace_s: float) -> None:
-        """Stops the process, in order, after `grace_s` seconds by force, and hangs up."""
-        self.process.stop(grace_s)
+        """Stops the process, in order, after `grace_s` seconds by force, and hangs up.
+
+        One that was told nothing yet has nothing to put in order, and imports torch, deaf, for a second or two.
+        """
+        self.process.stop(grace_s if self._is_configured else 0.0)
         self.socket.close(0)
 
     def _greet(self, identity: bytes, hello: Hello, configure: ConfigureWorker) -> None:
@@ -97,6 +115,7 @@ class WorkerLink:
         else:
             with contextlib.suppress(zmq.ZMQError):  # gone already: its process's end will show
                 self.send(configure)
+                self._is_configured = True
 
     def _decode(self, identity: bytes, frame: bytes | None) -> WorkerToCore | None:
         """The message, or None where it was refused."""

@@ -14,6 +14,7 @@ import threading
 import time
 
 from folovllm.common.child_process import ParentWatch, die_with_parent_thread
+from folovllm.common.kept_imports import kept_imports
 from folovllm.common.stop_signals import StopSignals
 
 # From the order to end to the forced end, if the orderly one takes longer. Before the loop runs, nothing polls: an
@@ -37,8 +38,9 @@ def main() -> int:
     threading.Thread(target=_end_by_force, args=(signals,), name="signal-watch", daemon=True).start()
 
     # What costs time to import comes after the watches: the order to end may come in the meantime.
-    from folovllm.worker_proc.core_link import CoreLink
-    from folovllm.worker_proc.worker import Worker
+    with kept_imports():
+        from folovllm.worker_proc.core_link import CoreLink
+        from folovllm.worker_proc.worker import Worker
 
     return Worker(CoreLink(options.connect, options.name, signals, watch), started_at).run()
 

@@ -45,15 +45,13 @@ class CoreLink:
         if watch is not None:
             self._poller.register(watch.fd, zmq.POLLIN)
 
-    def ask_configuration(self) -> ConfigureWorker:
-        """Dials, says Hello and waits for the configuration.
-
-        Raises:
-            ConfigError: the endpoint is wrong.
-            EngineStartError: the core refused the Hello.
-        """
+    def say_hello(self) -> None:
+        """Dials and says Hello, which asks for the configuration. Raises ConfigError where the endpoint is wrong."""
         connect(self._socket, self.endpoint)
         self.send(Hello("worker", PROTOCOL_VERSION, os.getpid(), self.name))
+
+    def await_configuration(self) -> ConfigureWorker:
+        """Waits for the answer to the Hello. Raises EngineStartError where the core refused it."""
         while True:
             message = self._receive()
             if isinstance(message, ConfigureWorker):

@@ -4,6 +4,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import msgspec
+
 from folovllm.common.log import get_logger
 from folovllm.common.messages.lifecycle import PhaseTime
 
@@ -17,6 +19,12 @@ class Phases:
         self._process = process
         self._origin = origin
         self.rows: list[PhaseTime] = []
+
+    def count_from(self, origin: float) -> None:
+        """Makes this the origin, of the rows that are there too."""
+        moved_by = self._origin - origin
+        self._origin = origin
+        self.rows[:] = [msgspec.structs.replace(row, start_s=row.start_s + moved_by) for row in self.rows]
 
     def add(self, phase: str, begun: float) -> None:
         """A phase from `begun` until now."""

@@ -1,17 +1,17 @@
 """The life of the worker process: configured, model loaded, loop, end; and what is told to the core when it fails.
 
 The loop hands each step's result to the output thread before the device is done with it and goes on to the next step:
-the main thread waits for steps, never for the device. torch is imported after the Hello, so that the core knows of the
-worker at once and the import is a row of the start-up table.
+the main thread waits for steps, never for the device. torch is imported between the Hello and the configuration: what
+the configuration waits for, such as the frontend's tokenizer, is loaded meanwhile.
 """
 
 import os
 from typing import Protocol
 
 from folovllm.common.errors import FoloVLLMError, ProtocolError
+from folovllm.common.kept_imports import kept_imports
 from folovllm.common.log import get_logger, setup_logging
 from folovllm.common.messages.core_worker import ModelRunnerOutput, SchedulerOutput
-from folovllm.common.messages.lifecycle import ConfigureWorker
 from folovllm.common.stop_signals import StopRequested
 from folovllm.worker_proc.core_link import CoreLink
 from folovllm.worker_proc.output_thread import OutputThread, PendingOutput
@@ -47,7 +47,7 @@ class Worker:
 
     def _work(self) -> int:
         try:
-            self._serve(self._start(self._link.ask_configuration()))
+            self._serve(self._start())
         except StopRequested as stop:
             logger.debug("%s", stop)
             return stop.exit_code
@@ -59,13 +59,15 @@ class Worker:
             self._link.report(error)
         return 1
 
-    def _start(self, configure: ConfigureWorker) -> Runner:
-        setup_logging(self._link.name, configure.config.log_level)
-        phases = Phases(self._link.name, configure.started_at or self._started_at)
+    def _start(self) -> Runner:
+        self._link.say_hello()
+        phases = Phases(self._link.name, self._started_at)
         phases.add("import, connect", self._started_at)
-        with phases.measure("import torch"):
+        with phases.measure("import torch"), kept_imports():
             from folovllm.worker_proc.startup import Startup
-        self._link.check_stop()
+        configure = self._link.await_configuration()
+        setup_logging(self._link.name, configure.config.log_level)
+        phases.count_from(configure.started_at or self._started_at)
         runner, ready = Startup(configure, phases, self._link.check_stop).run()
         self._outputs = OutputThread(self._link.context, self._link.endpoint, self._link.name)
         self._link.watch(self._outputs.sentinel, self._outputs.raise_failure)

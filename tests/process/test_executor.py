@@ -15,6 +15,7 @@ from folovllm.common.stop_signals import StopRequested, StopSignals
 from folovllm.common.transport import encode
 from folovllm.core_proc.executor import STEP_BOUND_S, Executor, WorkerLost
 from folovllm.core_proc.waiter import Waiter
+from folovllm.core_proc.worker_link import WorkerLink
 from tests.fakes.fake_parent import make_model_dir
 from tests.fakes.fake_worker import Script, WorkerControl, write_script
 
@@ -57,7 +58,7 @@ def executor(tmp_path: pathlib.Path, worker: WorkerControl, waiter: Waiter) -> I
     """An executor whose worker is the test, ready for steps."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     model_dir = make_model_dir(tmp_path / "model", Script(num_blocks=9, control=worker.endpoint))
-    executor = Executor(context, str(tmp_path), "tests.fakes.fake_worker")
+    executor = Executor(WorkerLink(context, tmp_path, "tests.fakes.fake_worker"))
     try:
         configure = ConfigureWorker(EngineConfig(model=str(model_dir)), 0, 64)
         assert executor.start(waiter, configure).num_blocks == 9

@@ -83,3 +83,12 @@ def test_a_phase_that_fails_leaves_no_row() -> None:
     with pytest.raises(ValueError, match="broken"), phases.measure("load"):
         raise ValueError("broken")
     assert phases.rows == []
+
+
+def test_the_engines_start_may_become_known_late() -> None:
+    begun = time.time()
+    phases = Phases("worker-0", begun)
+    phases.add("import", begun)
+    phases.count_from(begun - 5.0)
+    phases.add("load", begun + 1.0)
+    assert [row.start_s for row in phases.rows] == [pytest.approx(5.0), pytest.approx(6.0)]
