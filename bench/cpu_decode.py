@@ -108,8 +108,11 @@ class BareStep:
         backend = PagedBackend(config.num_attention_heads, kernels.attention)
 
         def step() -> None:
-            step = (ids, positions, metadata.slot_mapping, metadata.block_table, metadata.seq_lens)
-            network.logits(network.forward(*step)).argmax(dim=1)
+            hidden = network.forward(ids, positions, metadata)
+            assert hidden is not None, "there is no code for so many rows"
+            logits = network.logits(hidden)
+            assert logits is not None, "there is no code for so many rows"
+            logits.argmax(dim=1)
 
         def products() -> None:
             for product in self._products:

@@ -1,30 +1,24 @@
-"""Steps of a few decoding requests on a CPU, in one compiled call each; see `kernels.cpu.decode_step`."""
+"""Steps on a CPU, in one compiled call each; see `kernels.cpu.decode_step` and `wide_step`."""
 
 from collections.abc import Callable
 from typing import Protocol
 
 import torch
 
+from folovllm.worker_proc.attention.backend import AttentionMetadata
 from folovllm.worker_proc.input_batch import InputBatch
 from folovllm.worker_proc.output_thread import PendingOutput
 from folovllm.worker_proc.step_arrays import StepArrays
 
 
 class Network(Protocol):
-    """See `kernels.cpu.network.DecodeNetwork`."""
-
-    max_rows: int
+    """See `kernels.cpu.network.CompiledNetwork`."""
 
     def forward(
-        self,
-        input_ids: torch.Tensor,
-        positions: torch.Tensor,
-        slots: torch.Tensor,
-        table: torch.Tensor,
-        lens: list[int],
-    ) -> torch.Tensor: ...
+        self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata
+    ) -> torch.Tensor | None: ...
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor | None: ...
 
 
 class CpuSteps:
@@ -38,16 +32,11 @@ class CpuSteps:
         return None
 
     def forward(self, batch: InputBatch) -> torch.Tensor | None:
-        """Hidden states of a step in which each request has one token and there are few of them, else None."""
-        metadata = batch.metadata
+        """Hidden states of a step that there is code for, else None."""
         network = self._network()
-        if network is None or not metadata.num_decodes == len(metadata.query_lens) <= network.max_rows:
-            return None
-        return network.forward(
-            batch.input_ids, batch.positions, metadata.slot_mapping, metadata.block_table, metadata.seq_lens
-        )
+        return None if network is None else network.forward(batch.input_ids, batch.positions, batch.metadata)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        """Logits in float32 of few rows, whatever step they come from, else None."""
+        """Logits in float32, whatever step the hidden states come from; None if there is no code for so many."""
         network = self._network()
-        return None if network is None or len(hidden) > network.max_rows else network.logits(hidden)
+        return None if network is None else network.logits(hidden)

@@ -24,7 +24,7 @@ from folovllm.worker_proc.layers.parts import NetworkParts
 if TYPE_CHECKING:
     from folovllm.worker_proc.kernels.cpu.chunk_attention import ChunkAttention
     from folovllm.worker_proc.kernels.cpu.decode_attention import DecodeAttention, HeadShape
-    from folovllm.worker_proc.kernels.cpu.network import DecodeNetwork
+    from folovllm.worker_proc.kernels.cpu.network import CompiledNetwork
     from folovllm.worker_proc.kernels.cpu.team import Team
 
 T = TypeVar("T")
@@ -140,22 +140,22 @@ class CpuKernels:
                 "batch_invariant needs the compiled attention kernels; there are none for this model here"
             )
 
-    def begin_network(self, parts: NetworkParts, kv: KVTensors) -> "Later[DecodeNetwork]":
-        """Whole steps of a few decoding requests; for a network whose weights are in place."""
+    def begin_network(self, parts: NetworkParts, kv: KVTensors) -> "Later[CompiledNetwork]":
+        """Whole steps; for a network whose weights are in place."""
         if self.attention() is None and self.attention.is_known:
             return Later.never()
-        return self._compiler.begin("a decode step", lambda team: self._network(parts, kv, team))
+        return self._compiler.begin("a whole step", lambda team: self._network(parts, kv, team))
 
-    def _network(self, parts: NetworkParts, kv: KVTensors, team: "Team") -> "DecodeNetwork | None":
-        from folovllm.worker_proc.kernels.cpu.network import DecodeNetwork, plan_network
+    def _network(self, parts: NetworkParts, kv: KVTensors, team: "Team") -> "CompiledNetwork | None":
+        from folovllm.worker_proc.kernels.cpu.network import CompiledNetwork, plan_network
 
         attention = self.attention.wait()
         plan = plan_network(parts, kv, self._num_q_heads)
         if plan is None:
-            logger.info("decode steps run with torch's operators: there is no kernel for these weights")
+            logger.info("steps run with torch's operators: there is no kernel for these weights")
         if attention is None or plan is None:
             return None
-        return DecodeNetwork(plan, attention, kv, team, self._compiler.cache)
+        return CompiledNetwork(plan, attention, self.chunks.wait(), kv, team, self._compiler.cache)
 
 
 def _attention(shape: "HeadShape", team: "Team", cache: CodeCache) -> "DecodeAttention":

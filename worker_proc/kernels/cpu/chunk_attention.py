@@ -176,6 +176,16 @@ class ChunkPlan:
         self._counter[0] = 0
         self._team.run(self._code.address, self._address)
 
+    def for_layers(self, query: int, output: int, caches: npt.NDArray[np.int64]) -> tuple[int, npt.NDArray[np.int64]]:
+        """See `decode_attention.DecodePlan.for_layers`; `query` and `output` are those of all of the step's tokens."""
+        arguments = np.tile(self._arguments, (len(caches), 1))
+        shape = self._shape
+        self._counter = np.zeros(len(caches), np.int64)
+        arguments[:, _QUERY], arguments[:, _OUTPUT], arguments[:, _CACHE] = query, output, caches
+        arguments[:, _QUERY_STRIDE] = shape.num_kv_heads * shape.group * shape.head_dim
+        arguments[:, _COUNTER] = self._counter.ctypes.data + self._counter.itemsize * np.arange(len(caches))
+        return self._code.address, arguments
+
 
 def cut_into_tiles(shape: HeadShape, chunks: Sequence[Chunk], num_threads: int) -> npt.NDArray[np.int64]:
     """[N, 7] tiles, the costliest first; _BLOCKS is a row of the block table still."""

@@ -66,8 +66,12 @@ from folovllm.worker_proc.kernels.cpu.llvm import F32, I64, Inner, Kernel
     NUM_THREADS,
     COUNTER,  # of arrivals at barriers
     YIELD,
-) = range(28)
-NUM_STEP_ARGUMENTS: Final = 28
+    NORMED,  # for steps of many rows alone, as is what follows: 16-bit [row count, hidden]
+    CHUNKS,  # a function as ATTENTION is, for prompt chunks; either may be 0
+    CHUNK_ARGUMENTS,
+    CHUNK_STRIDE,
+) = range(32)
+NUM_STEP_ARGUMENTS: Final = 32
 
 # A layer's row in the table, int64: of each product the weight and its bias in float32, then norms and cache.
 (
@@ -161,71 +165,38 @@ class StepSizes:
 def build_step(shape: StepShape) -> Kernel:
     """The function of all layers; its arguments are named above."""
     kernel = Kernel("decode_step")
-    _Step(kernel, shape).emit()
+    _FewRows(kernel, shape).emit()
     return kernel
 
 
-class _Step:
+class StepCode:
+    """What all steps have in common, whatever their rows."""
+
     def __init__(self, kernel: Kernel, shape: StepShape) -> None:
         self.k, self.shape, self.sizes = kernel, shape, StepSizes.of(shape)
-        layouts = dict.fromkeys(product.layout for product in shape.products)
-        self.products = {layout: products_of(kernel, layout) for layout in layouts}
-        self.norm = norm_function(kernel, shape.hidden, shape.eps, shape.kind)
-        self.rotate = _rotate_function(kernel, shape)
-        self.barrier = barrier_function(kernel)
+        self._rotation = _rotate_function(kernel, shape)
+        self._barrier = barrier_function(kernel)
         self.rows, self.row_count = kernel.argument(ROWS), kernel.argument(ROW_COUNT)
         self.thread = kernel.call_int(kernel.argument(THREAD_NUM))
         self.num_threads = kernel.argument(NUM_THREADS)
-        own = kernel.product(self.thread, kernel.integer(self.sizes.own * FLOAT_BYTES))
-        self.normed = kernel.sum(kernel.argument(OWN), own)
-        self.widened = kernel.sum(self.normed, kernel.integer(ROW_COUNTS[-1] * self.sizes.normed * FLOAT_BYTES))
 
-    def emit(self) -> None:
-        k = self.k
-        self._embed()
-        self._barrier()
-        with k.loop(k.integer(0), k.argument(NUM_LAYERS)) as layer:
-            row = k.product(layer, k.integer(NUM_LAYER_FIELDS))
-            self._normed(self._field(row, INPUT_NORM))
-            self._product(self.shape.qkv, (row, QKV), self._own_rows(self.normed, self.sizes.normed), HEADS)
-            self._barrier()
-            self._rotate_queries(row)
-            self._write_cache(row)
-            self._barrier()
-            offset = k.product(layer, k.argument(ATTENTION_STRIDE))
-            k.call_void(k.argument(ATTENTION), k.sum(k.argument(ATTENTION_ARGUMENTS), offset))
-            self._barrier()
-            self._widen()
-            self._product(self.shape.out, (row, OUT), self._own_rows(self.widened, self.sizes.widened), HIDDEN)
-            self._barrier()
-            self._normed(self._field(row, POST_NORM))
-            self._product(
-                self.shape.gate_up, (row, GATE_UP_WEIGHT), self._own_rows(self.normed, self.sizes.normed), GATE_UP
-            )
-            self._barrier()
-            self._activate()
-            self._barrier()
-            self._product(self.shape.down, (row, DOWN), self._shared_rows(ACTIVATED), HIDDEN)
-            self._barrier()
-        self._finish()
-
-    def _field(self, row: Any, field: int) -> Any:
+    def field(self, row: Any, field: int) -> Any:
         return self.k.load(self.k.argument(LAYERS), self.k.sum(row, self.k.integer(field)), I64)
 
-    def _barrier(self) -> None:
-        self.k.invoke(self.barrier, *(self.k.argument(place) for place in (COUNTER, NUM_THREADS, YIELD)))
+    def barrier(self) -> None:
+        self.k.invoke(self._barrier, *(self.k.argument(place) for place in (COUNTER, NUM_THREADS, YIELD)))
 
     @contextmanager
-    def _shared(self, count: Any) -> Iterator[Any]:
+    def shared(self, count: Any) -> Iterator[Any]:
         """A loop over this thread's share of `count` pieces of work."""
-        first, end = self._share(count)
+        first, end = self.share(count)
         with self.k.loop(first, end) as index:
             yield index
 
-    def _share(self, count: Any) -> tuple[Any, Any]:
+    def share(self, count: Any) -> tuple[Any, Any]:
         return self.k.share(count, self.thread, self.num_threads)
 
-    def _stride_of(self, argument: int) -> int:
+    def stride_of(self, argument: int) -> int:
         sizes = {
             HIDDEN: self.sizes.hidden,
             HEADS: self.sizes.heads,
@@ -234,113 +205,153 @@ class _Step:
         }
         return sizes[argument]
 
-    def _shared_rows(self, argument: int) -> tuple[Any, Any]:
-        return self.k.argument(argument), self.k.integer(self._stride_of(argument))
+    def shared_rows(self, argument: int) -> tuple[Any, Any]:
+        return self.k.argument(argument), self.k.integer(self.stride_of(argument))
+
+    def row_of(self, rows: tuple[Any, Any], row: Any) -> Any:
+        """The address of a row of float32 numbers."""
+        return self.k.sum(rows[0], self.k.product(self.k.product(row, rows[1]), self.k.integer(FLOAT_BYTES)))
+
+    def embed(self) -> None:
+        k = self.k
+        with self.shared(self.rows) as row:
+            token = k.load(k.argument(TOKEN_IDS), row, I64)
+            source = k.sum(k.argument(EMBEDDING), k.product(token, k.integer(self.shape.hidden * ELEMENT_BYTES)))
+            target = self.row_of(self.shared_rows(HIDDEN), row)
+            widen_row(k, source, target, self.shape.hidden, self.shape.kind)
+
+    def rotate_queries(self, row: Any) -> None:
+        k, shape = self.k, self.shape
+        heads = k.integer(shape.num_q_heads)
+        with self.shared(k.product(self.rows, heads)) as item:
+            request, head = k.builder.sdiv(item, heads), k.builder.srem(item, heads)
+            target = k.product(item, k.integer(shape.head_dim * ELEMENT_BYTES))
+            self.rotate(row, request, head, k.sum(k.argument(QUERY), target))
+
+    def rotate(self, row: Any, request: Any, head: Any, target: Any) -> None:
+        k, dim = self.k, self.shape.head_dim
+        position = k.product(k.load(k.argument(POSITIONS), request, I64), k.integer(dim * ELEMENT_BYTES))
+        norm = k.sum(self.field(row, HEAD_NORM), k.product(head, k.integer(dim * ELEMENT_BYTES)))
+        tables = k.sum(k.argument(COS), position), k.sum(k.argument(SIN), position)
+        k.invoke(self._rotation, self.head(request, head), norm, *tables, target)
+
+    def head(self, request: Any, head: Any) -> Any:
+        """The address of one head of the product of q, k and v."""
+        place = self.k.product(head, self.k.integer(self.shape.head_dim * FLOAT_BYTES))
+        return self.k.sum(self.row_of(self.shared_rows(HEADS), request), place)
+
+    def write_cache(self, row: Any) -> None:
+        k, shape = self.k, self.shape
+        heads = k.integer(shape.num_kv_heads)
+        size = k.integer(shape.head_dim * ELEMENT_BYTES)
+        with self.shared(k.product(self.rows, heads)) as item:
+            request, head = k.builder.sdiv(item, heads), k.builder.srem(item, heads)
+            place = k.product(k.load(k.argument(SLOTS), request, I64), size)
+            head_bytes = k.argument(HEAD_BYTES)
+            key = k.sum(self.field(row, CACHE), k.product(head, head_bytes), place)
+            self.rotate(row, request, k.sum(k.integer(shape.num_q_heads), head), key)
+            value = self.head(request, k.sum(k.integer(shape.num_q_heads + shape.num_kv_heads), head))
+            numbers = k.load(value, k.integer(0), F32, shape.head_dim)
+            target = k.sum(key, k.product(heads, head_bytes))
+            k.store_floats(numbers, target, k.integer(0), shape.head_dim, shape.kind)
+
+
+class _FewRows(StepCode):
+    def __init__(self, kernel: Kernel, shape: StepShape) -> None:
+        super().__init__(kernel, shape)
+        layouts = dict.fromkeys(product.layout for product in shape.products)
+        self.products = {layout: products_of(kernel, layout) for layout in layouts}
+        self.norm = norm_function(kernel, shape.hidden, shape.eps, shape.kind)
+        own = kernel.product(self.thread, kernel.integer(self.sizes.own * FLOAT_BYTES))
+        self.normed = kernel.sum(kernel.argument(OWN), own)
+        self.widened = kernel.sum(self.normed, kernel.integer(ROW_COUNTS[-1] * self.sizes.normed * FLOAT_BYTES))
+
+    def emit(self) -> None:
+        k = self.k
+        self.embed()
+        self.barrier()
+        with k.loop(k.integer(0), k.argument(NUM_LAYERS)) as layer:
+            row = k.product(layer, k.integer(NUM_LAYER_FIELDS))
+            self._normed(self.field(row, INPUT_NORM))
+            self._product(self.shape.qkv, (row, QKV), self._own_rows(self.normed, self.sizes.normed), HEADS)
+            self.barrier()
+            self.rotate_queries(row)
+            self.write_cache(row)
+            self.barrier()
+            offset = k.product(layer, k.argument(ATTENTION_STRIDE))
+            k.call_void(k.argument(ATTENTION), k.sum(k.argument(ATTENTION_ARGUMENTS), offset))
+            self.barrier()
+            self._widen()
+            self._product(self.shape.out, (row, OUT), self._own_rows(self.widened, self.sizes.widened), HIDDEN)
+            self.barrier()
+            self._normed(self.field(row, POST_NORM))
+            self._product(
+                self.shape.gate_up, (row, GATE_UP_WEIGHT), self._own_rows(self.normed, self.sizes.normed), GATE_UP
+            )
+            self.barrier()
+            self._activate()
+            self.barrier()
+            self._product(self.shape.down, (row, DOWN), self.shared_rows(ACTIVATED), HIDDEN)
+            self.barrier()
+        self._finish()
 
     def _own_rows(self, address: Any, stride: int) -> tuple[Any, Any]:
         return address, self.k.integer(stride)
-
-    def _row(self, rows: tuple[Any, Any], row: Any) -> Any:
-        """The address of a row of float32 numbers."""
-        return self.k.sum(rows[0], self.k.product(self.k.product(row, rows[1]), self.k.integer(FLOAT_BYTES)))
 
     def _product(self, shape: ProductShape, field: tuple[Any, int], inputs: tuple[Any, Any], output: int) -> None:
         """This thread's outputs; those of HIDDEN are added to what is there."""
         k = self.k
         row, weight = field
-        outputs = self._shared_rows(output)
+        outputs = self.shared_rows(output)
         base = outputs if output == HIDDEN else (k.argument(ZEROS), k.integer(0))
         self.products[shape.layout].emit(
             k,
-            weight=(self._field(row, weight), self._field(row, weight + 1), k.integer(shape.padded_in)),
+            weight=(self.field(row, weight), self.field(row, weight + 1), k.integer(shape.padded_in)),
             inputs=inputs,
             outputs=(*outputs, *base),
             rows=self.row_count,
-            blocks=self._share(k.integer(shape.num_blocks)),
+            blocks=self.share(k.integer(shape.num_blocks)),
         )
-
-    def _embed(self) -> None:
-        k = self.k
-        with self._shared(self.rows) as row:
-            token = k.load(k.argument(TOKEN_IDS), row, I64)
-            source = k.sum(k.argument(EMBEDDING), k.product(token, k.integer(self.shape.hidden * ELEMENT_BYTES)))
-            target = self._row(self._shared_rows(HIDDEN), row)
-            widen_row(k, source, target, self.shape.hidden, self.shape.kind)
 
     def _normed(self, weight: Any) -> None:
         k = self.k
         with k.loop(k.integer(0), self.rows) as row:
-            target = self._row(self._own_rows(self.normed, self.sizes.normed), row)
-            k.invoke(self.norm, self._row(self._shared_rows(HIDDEN), row), weight, target)
+            target = self.row_of(self._own_rows(self.normed, self.sizes.normed), row)
+            k.invoke(self.norm, self.row_of(self.shared_rows(HIDDEN), row), weight, target)
 
     def _widen(self) -> None:
         """The attention's output as float32."""
         k, size = self.k, self.shape.out.in_features
         with k.loop(k.integer(0), self.rows) as row:
             source = k.sum(k.argument(ATTENDED), k.product(row, k.integer(size * ELEMENT_BYTES)))
-            target = self._row(self._own_rows(self.widened, self.sizes.widened), row)
+            target = self.row_of(self._own_rows(self.widened, self.sizes.widened), row)
             widen_row(k, source, target, size, self.shape.kind)
-
-    def _rotate_queries(self, row: Any) -> None:
-        k, shape = self.k, self.shape
-        heads = k.integer(shape.num_q_heads)
-        with self._shared(k.product(self.rows, heads)) as item:
-            request, head = k.builder.sdiv(item, heads), k.builder.srem(item, heads)
-            target = k.product(item, k.integer(shape.head_dim * ELEMENT_BYTES))
-            self._rotate(row, request, head, k.sum(k.argument(QUERY), target))
-
-    def _rotate(self, row: Any, request: Any, head: Any, target: Any) -> None:
-        k, dim = self.k, self.shape.head_dim
-        position = k.product(k.load(k.argument(POSITIONS), request, I64), k.integer(dim * ELEMENT_BYTES))
-        norm = k.sum(self._field(row, HEAD_NORM), k.product(head, k.integer(dim * ELEMENT_BYTES)))
-        tables = k.sum(k.argument(COS), position), k.sum(k.argument(SIN), position)
-        k.invoke(self.rotate, self._head(request, head), norm, *tables, target)
-
-    def _head(self, request: Any, head: Any) -> Any:
-        """The address of one head of the product of q, k and v."""
-        place = self.k.product(head, self.k.integer(self.shape.head_dim * FLOAT_BYTES))
-        return self.k.sum(self._row(self._shared_rows(HEADS), request), place)
-
-    def _write_cache(self, row: Any) -> None:
-        k, shape = self.k, self.shape
-        heads = k.integer(shape.num_kv_heads)
-        size = k.integer(shape.head_dim * ELEMENT_BYTES)
-        with self._shared(k.product(self.rows, heads)) as item:
-            request, head = k.builder.sdiv(item, heads), k.builder.srem(item, heads)
-            place = k.product(k.load(k.argument(SLOTS), request, I64), size)
-            head_bytes = k.argument(HEAD_BYTES)
-            key = k.sum(self._field(row, CACHE), k.product(head, head_bytes), place)
-            self._rotate(row, request, k.sum(k.integer(shape.num_q_heads), head), key)
-            value = self._head(request, k.sum(k.integer(shape.num_q_heads + shape.num_kv_heads), head))
-            numbers = k.load(value, k.integer(0), F32, shape.head_dim)
-            target = k.sum(key, k.product(heads, head_bytes))
-            k.store_floats(numbers, target, k.integer(0), shape.head_dim, shape.kind)
 
     def _activate(self) -> None:
         """`silu(gate) · up`, 16 numbers at a time."""
         k, size = self.k, self.shape.intermediate
         parts = k.integer(size // LANES)
-        with self._shared(k.product(self.rows, parts)) as item:
+        with self.shared(k.product(self.rows, parts)) as item:
             request = k.builder.sdiv(item, parts)
             place = k.product(k.builder.srem(item, parts), k.integer(LANES))
-            source = self._row(self._shared_rows(GATE_UP), request)
+            source = self.row_of(self.shared_rows(GATE_UP), request)
             gate = k.load(source, place, F32, LANES)
             up = k.load(source, k.sum(place, k.integer(size)), F32, LANES)
-            target = self._row(self._shared_rows(ACTIVATED), request)
-            k.store(k.times(_silu(k, gate), up), target, place, F32, LANES)
+            target = self.row_of(self.shared_rows(ACTIVATED), request)
+            k.store(k.times(silu(k, gate), up), target, place, F32, LANES)
 
     def _finish(self) -> None:
         k, hidden = self.k, self.shape.hidden
-        with self._shared(self.rows) as row:
-            normed = self._row(self._own_rows(self.normed, self.sizes.normed), row)
-            k.invoke(self.norm, self._row(self._shared_rows(HIDDEN), row), k.argument(FINAL_NORM), normed)
+        with self.shared(self.rows) as row:
+            normed = self.row_of(self._own_rows(self.normed, self.sizes.normed), row)
+            k.invoke(self.norm, self.row_of(self.shared_rows(HIDDEN), row), k.argument(FINAL_NORM), normed)
             target = k.sum(k.argument(OUTPUT), k.product(row, k.integer(hidden * ELEMENT_BYTES)))
             with k.loop(k.integer(0), k.integer(hidden // LANES)) as part:
                 place = k.product(part, k.integer(LANES))
                 k.store_floats(k.load(normed, place, F32, LANES), target, place, LANES, self.shape.kind)
 
 
-def _silu(k: Kernel, x: Any) -> Any:
+def silu(k: Kernel, x: Any) -> Any:
     """x / (1 + e^-x), from e to the power of -|x|."""
     zero, one = k.constant(0.0, LANES), k.constant(1.0, LANES)
     negative = k.builder.fcmp_ordered("<", x, zero)
@@ -348,8 +359,8 @@ def _silu(k: Kernel, x: Any) -> Any:
     return k.builder.fdiv(k.times(x, k.builder.select(negative, small, one)), k.plus(one, small))
 
 
-def norm_function(kernel: Kernel, size: int, eps: float, kind: str) -> Inner:
-    """`norm(x, weight, out)`: one row of float32 numbers normed, the weight of 16-bit numbers; `out` float32."""
+def norm_function(kernel: Kernel, size: int, eps: float, kind: str, out_kind: str = "float32") -> Inner:
+    """`norm(x, weight, out)`: one row of float32 numbers normed, the weight of 16-bit numbers."""
     f = kernel.inner("norm", 3)
     x, weight, out = (f.argument(index) for index in range(3))
     parts = f.integer(size // LANES)
@@ -361,7 +372,7 @@ def norm_function(kernel: Kernel, size: int, eps: float, kind: str) -> Inner:
     with f.loop(f.integer(0), parts) as part:
         place = f.product(part, f.integer(LANES))
         normed = f.times(f.load(x, place, F32, LANES), scale)
-        f.store(f.times(normed, f.load_floats(weight, place, LANES, kind)), out, place, F32, LANES)
+        f.store_floats(f.times(normed, f.load_floats(weight, place, LANES, kind)), out, place, LANES, out_kind)
     return f.end()
 
 

@@ -187,27 +187,38 @@ def build_product(layout: Int4Layout) -> Kernel:
 def build_expansion(layout: Int4Layout, target: BlockLayout) -> Kernel:
     """The weight as bfloat16 in blocks of another layout; the arguments are named above."""
     k = Kernel("int4_expansion")
+    expansion = expansion_function(k, layout, target)
     thread = k.call_int(k.argument(EXPANSION_THREAD_NUM))
     inputs = k.argument(INPUTS)
-    block = _Block(k, layout, inputs)
+    block_bytes = _Block(k, layout, inputs).num_bytes
     per_target = target.width // LANES
     target_bytes = k.product(k.argument(TARGET_IN), k.integer(target.width * 2))
     with k.loop(*k.share(k.argument(BLOCKS), thread, k.argument(EXPANSION_NUM_THREADS))) as index:
-        source = k.sum(k.argument(SOURCE), k.product(index, block.num_bytes))
+        source = k.sum(k.argument(SOURCE), k.product(index, block_bytes))
         whole = k.builder.sdiv(index, k.integer(per_target))
         column = k.builder.srem(index, k.integer(per_target))
         corner = k.sum(
             k.argument(TARGET), k.product(whole, target_bytes), k.product(column, k.integer(LANES * target.group * 2))
         )
-        with k.loop(k.integer(0), block.num_groups) as group:
-            zeros, scale = block.zeros(source, group), block.scale(source, group)
-            with k.loop(*block.words_of(group)) as word:
-                numbers = [k.times(number, scale) for number in block.numbers(source, word, zeros)]
-                first = k.product(word, k.integer(PER_WORD * target.width * 2))
-                for place in range(0, PER_WORD, target.group):
-                    line = k.sum(corner, first, k.integer(place * target.width * 2))
-                    _store_side_by_side(k, numbers[place : place + target.group], line)
+        k.invoke(expansion, source, corner, inputs)
     return k
+
+
+def expansion_function(kernel: Kernel, layout: Int4Layout, target: BlockLayout) -> Inner:
+    """`expand(block, corner, inputs)`: one block as bfloat16 among others of another layout, from `corner` on."""
+    k = kernel.inner(f"expand_{layout.group_size}_{'z' if layout.asymmetric else 's'}", 3)
+    source, corner, inputs = (k.argument(index) for index in range(3))
+    block = _Block(k, layout, inputs)
+    with k.loop(k.integer(0), block.num_groups) as group:
+        zeros, scale = block.zeros(source, group), block.scale(source, group)
+        with k.loop(*block.words_of(group)) as word:
+            k.prefetch(k.sum(source, k.product(word, k.integer(LANES * WORD_BYTES)), k.integer(_AHEAD_BYTES)))
+            numbers = [k.times(number, scale) for number in block.numbers(source, word, zeros)]
+            first = k.product(word, k.integer(PER_WORD * target.width * 2))
+            for place in range(0, PER_WORD, target.group):
+                line = k.sum(corner, first, k.integer(place * target.width * 2))
+                _store_side_by_side(k, numbers[place : place + target.group], line)
+    return k.end()
 
 
 def _store_side_by_side(k: Kernel, numbers: list[Any], line: Any) -> None:

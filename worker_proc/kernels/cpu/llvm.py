@@ -248,8 +248,8 @@ class Kernel:
         return self.builder.select(self.builder.icmp_signed("<", left, right), left, right)
 
     def spread(self, number: Any, count: int) -> Any:
-        """A vector of `count` times `number`."""
-        empty = ir.Constant(ir.VectorType(F32, count), ir.Undefined)
+        """A vector of `count` times `number`, a float or a word."""
+        empty = ir.Constant(ir.VectorType(number.type, count), ir.Undefined)
         first = self.builder.insert_element(empty, number, ir.Constant(I32, 0))
         return self.builder.shuffle_vector(first, empty, _all(I32, 0, count))
 

@@ -1,4 +1,4 @@
-"""A network's addresses and the memory between its parts, for the functions of `decode_step` and `gemv`."""
+"""A network's addresses and the memory between its parts, for the functions of `decode_step`, `wide_step`, `gemv`."""
 
 import dataclasses
 
@@ -6,20 +6,27 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from folovllm.worker_proc.attention.backend import AttentionMetadata
 from folovllm.worker_proc.device import dtype_name
-from folovllm.worker_proc.kernels.cpu import decode_step, gemv
+from folovllm.worker_proc.kernels.cpu import decode_step, gemv, wide_step
+from folovllm.worker_proc.kernels.cpu.chunk_attention import ChunkAttention, ChunkPlan
+from folovllm.worker_proc.kernels.cpu.chunk_products import Form
 from folovllm.worker_proc.kernels.cpu.code_cache import CodeCache
-from folovllm.worker_proc.kernels.cpu.decode_attention import DecodeAttention
+from folovllm.worker_proc.kernels.cpu.decode_attention import DecodeAttention, DecodePlan
 from folovllm.worker_proc.kernels.cpu.decode_step import NUM_LAYER_FIELDS, StepShape, StepSizes, build_step
 from folovllm.worker_proc.kernels.cpu.gemv import ROW_COUNTS, ProductShape, build_product, row_count
 from folovllm.worker_proc.kernels.cpu.llvm import Compiled
 from folovllm.worker_proc.kernels.cpu.team import Team
+from folovllm.worker_proc.kernels.cpu.tile_products import TILE, takes
+from folovllm.worker_proc.kernels.cpu.wide_step import build_wide_product, build_wide_step, can_be_wide, wide_form
 from folovllm.worker_proc.kv_tensors import KVTensors
 from folovllm.worker_proc.layers.blocked import BlockedWeight
 from folovllm.worker_proc.layers.linear import LinearLayer
 from folovllm.worker_proc.layers.parts import LayerParts, NetworkParts
 
-MAX_ROWS = ROW_COUNTS[-1]
+FEW_ROWS = ROW_COUNTS[-1]
+_LOGITS_GAP = 16  # numbers between rows of logits: without, 16 rows of 49,152 lie in one set of the nearest cache
+_COUNTER_WORDS = 8  # a cache line of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,60 +81,77 @@ def plan_network(parts: NetworkParts, kv: KVTensors, num_q_heads: int) -> Networ
     return NetworkPlan(parts, layers, head, shape) if shape.is_supported else None
 
 
-class DecodeNetwork:
-    """Steps of up to `max_rows` decoding requests, and logits of as many hidden states."""
+class CompiledNetwork:
+    """Steps and logits of a network.
 
-    max_rows = MAX_ROWS
+    Steps of up to `FEW_ROWS` decoding requests are always there; steps of more rows, or with chunks, where the
+    processor multiplies bf16 numbers and the sizes are whole tiles.
+    """
 
     def __init__(
-        self, plan: NetworkPlan, attention: DecodeAttention, kv: KVTensors, team: Team, cache: CodeCache | None
+        self,
+        plan: NetworkPlan,
+        attention: DecodeAttention,
+        chunks: ChunkAttention | None,
+        kv: KVTensors,
+        team: Team,
+        cache: CodeCache | None,
+        *,
+        form: Form | None = None,
     ) -> None:
-        self._plan, self._attention, self._kv, self._team = plan, attention, kv, team
-        self._step_code = Compiled(build_step(plan.shape), cache)
-        self._head = HeadProduct(plan.head.weight, plan.head.bias, team, cache)
-        self._sizes = StepSizes.of(plan.shape)
-        self._biases: list[torch.Tensor] = []
-        self._zeros = torch.zeros(max(product.padded_out for product in plan.shape.products))
-        self._table = self._layer_table()
-        self._caches = self._table[:, decode_step.CACHE].copy()
-        self._scratch = self._make_scratch()
-        self._arguments = self._make_arguments()
+        """`chunks`: None leaves steps of many rows to torch; `form`: of these, for tests, None takes the fastest."""
+        memory = _NetworkMemory(plan, kv, team)
+        self._few = _FewRows(plan, attention, memory, team, Compiled(build_step(plan.shape), cache))
+        head = plan.head
+        self._head = HeadProduct(head.weight, head.bias, team, cache)
+        self._wide: _WideSteps | None = None
+        self._wide_head: WideHead | None = None
+        form = form or wide_form(tiles_allowed=chunks is not None and chunks.form is Form.AMX)
+        if chunks is not None and form is not None and can_be_wide(plan.shape):
+            self._wide = _WideSteps(
+                plan, (attention, chunks), memory, team, Compiled(build_wide_step(plan.shape, form), cache)
+            )
+            if takes(ProductShape.of(head.weight)):
+                self._wide_head = WideHead(head.weight, head.bias, form, team, cache)
 
     def forward(
-        self,
-        input_ids: torch.Tensor,
-        positions: torch.Tensor,
-        slots: torch.Tensor,
-        table: torch.Tensor,
-        lens: list[int],
-    ) -> torch.Tensor:
-        """Hidden states [R, hidden_size] of R ≤ `max_rows` requests' one token each, the last norm applied.
+        self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata
+    ) -> torch.Tensor | None:
+        """Hidden states [T, hidden_size] of T tokens, the last norm applied; None: there is no code for such a step.
 
         Args:
-            input_ids, positions, slots: int64 [R]; see `attention.backend.AttentionMetadata`.
-            table: int64 [R, blocks].
-            lens: tokens of each request, the new one included.
+            input_ids, positions: int64 [T].
+            metadata: the step's.
         """
-        rows = len(lens)
-        output = torch.empty(rows, self._plan.shape.hidden, dtype=self._plan.parts.embedding.dtype)
-        attention = self._attention.plan(table, lens, self._kv.layer(0))
-        query, attended = self._scratch["query"], self._scratch["attended"]
-        function, layers = attention.for_layers(query.data_ptr(), attended.data_ptr(), self._caches)
-        arguments = self._arguments
-        arguments[decode_step.ROWS], arguments[decode_step.ROW_COUNT] = rows, row_count(rows)
-        arguments[decode_step.TOKEN_IDS] = input_ids.data_ptr()
-        arguments[decode_step.POSITIONS] = positions.data_ptr()
-        arguments[decode_step.SLOTS] = slots.data_ptr()
-        arguments[decode_step.ATTENTION] = function
-        arguments[decode_step.ATTENTION_ARGUMENTS] = layers.ctypes.data
-        arguments[decode_step.ATTENTION_STRIDE] = layers.strides[0]
-        arguments[decode_step.OUTPUT] = output.data_ptr()
-        self._team.run(self._step_code.address, arguments.ctypes.data)
-        return output
+        rows = len(metadata.query_lens)
+        if metadata.num_decodes == rows <= FEW_ROWS:
+            return self._few.forward(input_ids, positions, metadata)
+        return None if self._wide is None else self._wide.forward(input_ids, positions, metadata)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[R, hidden_size] with R ≤ `max_rows` → float32 [R, vocab_size]."""
-        return self._head(hidden)
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """[R, hidden_size] → float32 [R, vocab_size], rows possibly apart; None: there is no code for so many."""
+        if len(hidden) <= FEW_ROWS:
+            return self._head(hidden)
+        return None if self._wide_head is None else self._wide_head(hidden)
+
+
+class _NetworkMemory:
+    """Where a network's weights, norms and caches lie.
+
+    Attributes:
+        table: int64 [layers, NUM_LAYER_FIELDS].
+        caches: int64 [layers].
+        arguments: of a step's function, as far as they are the same in all steps.
+    """
+
+    def __init__(self, plan: NetworkPlan, kv: KVTensors, team: Team) -> None:
+        self._plan, self._kv = plan, kv
+        self._biases: list[torch.Tensor] = []
+        self._zeros = torch.zeros(max(product.padded_out for product in plan.shape.products))
+        self._counter = torch.zeros(_COUNTER_WORDS, dtype=torch.int64)
+        self.table = self._layer_table()
+        self.caches = self.table[:, decode_step.CACHE].copy()
+        self.arguments = self._arguments(team)
 
     def _layer_table(self) -> npt.NDArray[np.int64]:
         table = np.zeros((len(self._plan.layers), NUM_LAYER_FIELDS), np.int64)
@@ -149,46 +173,159 @@ class DecodeNetwork:
         self._biases.append(padded_bias(product.weight, product.bias))
         return self._biases[-1].data_ptr()
 
-    def _make_scratch(self) -> dict[str, torch.Tensor]:
-        sizes, shape, dtype = self._sizes, self._plan.shape, self._plan.parts.embedding.dtype
-        heads = shape.num_q_heads * shape.head_dim
-        return {
-            "hidden": torch.zeros(MAX_ROWS, sizes.hidden),
-            "heads": torch.zeros(MAX_ROWS, sizes.heads),
-            "gate_up": torch.zeros(MAX_ROWS, sizes.gate_up),
-            "activated": torch.zeros(MAX_ROWS, sizes.activated),
-            "own": torch.zeros(self._team.num_threads, sizes.own),
-            "query": torch.zeros(MAX_ROWS, heads, dtype=dtype),
-            "attended": torch.zeros(MAX_ROWS, heads, dtype=dtype),
-            "counter": torch.zeros(8, dtype=torch.int64),  # a cache line of its own
-        }
-
-    def _make_arguments(self) -> npt.NDArray[np.int64]:
-        parts, scratch, team = self._plan.parts, self._scratch, self._team
+    def _arguments(self, team: Team) -> npt.NDArray[np.int64]:
+        parts = self._plan.parts
         arguments = np.zeros(decode_step.NUM_STEP_ARGUMENTS, np.int64)
         for place, number in {
-            decode_step.NUM_LAYERS: len(self._table),
+            decode_step.NUM_LAYERS: len(self.table),
             decode_step.EMBEDDING: parts.embedding.data_ptr(),
             decode_step.COS: parts.rotary.cos.data_ptr(),
             decode_step.SIN: parts.rotary.sin.data_ptr(),
-            decode_step.LAYERS: self._table.ctypes.data,
+            decode_step.LAYERS: self.table.ctypes.data,
             decode_step.FINAL_NORM: parts.norm.weight.data_ptr(),
             decode_step.HEAD_BYTES: self._kv.layer(0).stride(1) * gemv.ELEMENT_BYTES,
-            decode_step.HIDDEN: scratch["hidden"].data_ptr(),
-            decode_step.HEADS: scratch["heads"].data_ptr(),
-            decode_step.GATE_UP: scratch["gate_up"].data_ptr(),
-            decode_step.ACTIVATED: scratch["activated"].data_ptr(),
-            decode_step.OWN: scratch["own"].data_ptr(),
-            decode_step.QUERY: scratch["query"].data_ptr(),
-            decode_step.ATTENDED: scratch["attended"].data_ptr(),
             decode_step.ZEROS: self._zeros.data_ptr(),
             decode_step.THREAD_NUM: team.thread_num_address,
             decode_step.NUM_THREADS: team.num_threads,
-            decode_step.COUNTER: scratch["counter"].data_ptr(),
+            decode_step.COUNTER: self._counter.data_ptr(),
             decode_step.YIELD: team.yield_address,
         }.items():
             arguments[place] = number
         return arguments
+
+    @property
+    def cache(self) -> torch.Tensor:
+        """One layer's."""
+        return self._kv.layer(0)
+
+
+class _Steps:
+    """What steps of few and of many rows have in common."""
+
+    def __init__(self, plan: NetworkPlan, memory: _NetworkMemory, team: Team, code: Compiled) -> None:
+        self._plan, self._memory, self._team, self._code = plan, memory, team, code
+        self._arguments = memory.arguments.copy()
+        self._scratch: dict[int, torch.Tensor] = {}
+
+    def _set_scratch(self, scratch: dict[int, torch.Tensor]) -> None:
+        """`scratch`: by argument."""
+        self._scratch = scratch
+        for place, tensor in scratch.items():
+            self._arguments[place] = tensor.data_ptr()
+
+    def _set_attention(self, places: tuple[int, int, int], plan: DecodePlan | ChunkPlan) -> npt.NDArray[np.int64]:
+        """What a part of the step's attention is called with; to be kept, as `plan` is, until the step is done."""
+        query, attended = self._scratch[decode_step.QUERY], self._scratch[decode_step.ATTENDED]
+        function, layers = plan.for_layers(query.data_ptr(), attended.data_ptr(), self._memory.caches)
+        for place, number in zip(places, (function, layers.ctypes.data, layers.strides[0]), strict=True):
+            self._arguments[place] = number
+        return layers
+
+    def _run(self, input_ids: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, count: int) -> torch.Tensor:
+        """`count`: rows there is code for."""
+        output = torch.empty(len(input_ids), self._plan.shape.hidden, dtype=self._plan.parts.embedding.dtype)
+        arguments = self._arguments
+        arguments[decode_step.ROWS], arguments[decode_step.ROW_COUNT] = len(input_ids), count
+        arguments[decode_step.TOKEN_IDS] = input_ids.data_ptr()
+        arguments[decode_step.POSITIONS] = positions.data_ptr()
+        arguments[decode_step.SLOTS] = slots.data_ptr()
+        arguments[decode_step.OUTPUT] = output.data_ptr()
+        self._team.run(self._code.address, arguments.ctypes.data)
+        return output
+
+
+_DECODES = (decode_step.ATTENTION, decode_step.ATTENTION_ARGUMENTS, decode_step.ATTENTION_STRIDE)
+_CHUNKS = (decode_step.CHUNKS, decode_step.CHUNK_ARGUMENTS, decode_step.CHUNK_STRIDE)
+
+
+class _FewRows(_Steps):
+    """Steps of up to `FEW_ROWS` decoding requests."""
+
+    def __init__(
+        self,
+        plan: NetworkPlan,
+        attention: DecodeAttention,
+        memory: _NetworkMemory,
+        team: Team,
+        code: Compiled,
+    ) -> None:
+        super().__init__(plan, memory, team, code)
+        self._attention = attention
+        sizes, dtype = StepSizes.of(plan.shape), plan.parts.embedding.dtype
+        heads = plan.shape.num_q_heads * plan.shape.head_dim
+        self._set_scratch(
+            {
+                decode_step.HIDDEN: torch.zeros(FEW_ROWS, sizes.hidden),
+                decode_step.HEADS: torch.zeros(FEW_ROWS, sizes.heads),
+                decode_step.GATE_UP: torch.zeros(FEW_ROWS, sizes.gate_up),
+                decode_step.ACTIVATED: torch.zeros(FEW_ROWS, sizes.activated),
+                decode_step.OWN: torch.zeros(team.num_threads, sizes.own),
+                decode_step.QUERY: torch.zeros(FEW_ROWS, heads, dtype=dtype),
+                decode_step.ATTENDED: torch.zeros(FEW_ROWS, heads, dtype=dtype),
+            }
+        )
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
+        """See `CompiledNetwork.forward`."""
+        attention = self._attention.plan(metadata.block_table, metadata.seq_lens, self._memory.cache)
+        layers = self._set_attention(_DECODES, attention)
+        output = self._run(input_ids, positions, metadata.slot_mapping, row_count(len(input_ids)))
+        del layers
+        return output
+
+
+class _WideSteps(_Steps):
+    """Steps of any number of rows."""
+
+    def __init__(
+        self,
+        plan: NetworkPlan,
+        kernels: tuple[DecodeAttention, ChunkAttention],
+        memory: _NetworkMemory,
+        team: Team,
+        code: Compiled,
+    ) -> None:
+        super().__init__(plan, memory, team, code)
+        self._attention, self._chunks = kernels
+        self._own = torch.zeros(team.num_threads, wide_step.own_bytes(plan.shape), dtype=torch.uint8)
+        self._room = 0
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
+        """See `CompiledNetwork.forward`."""
+        count = -(-len(input_ids) // TILE) * TILE
+        self._make_room(count)
+        for place in (decode_step.ATTENTION, decode_step.CHUNKS):
+            self._arguments[place] = 0
+        kept: list[object] = []
+        if metadata.num_decodes:
+            requests = slice(0, metadata.num_decodes)
+            table, lens = metadata.block_table[requests], metadata.seq_lens[requests]
+            decodes = self._attention.plan(table, lens, self._memory.cache)
+            kept += [decodes, self._set_attention(_DECODES, decodes)]
+        if metadata.num_decodes < len(metadata.query_lens):
+            chunks = self._chunks.plan(metadata, self._memory.cache)
+            kept += [chunks, self._set_attention(_CHUNKS, chunks)]
+        output = self._run(input_ids, positions, metadata.slot_mapping, count)
+        kept.clear()
+        return output
+
+    def _make_room(self, count: int) -> None:
+        if count <= self._room:
+            return
+        self._room = count
+        sizes, shape, dtype = StepSizes.of(self._plan.shape), self._plan.shape, self._plan.parts.embedding.dtype
+        heads = shape.num_q_heads * shape.head_dim
+        self._set_scratch(
+            {
+                decode_step.HIDDEN: torch.zeros(count, sizes.hidden),
+                decode_step.HEADS: torch.zeros(count, sizes.heads),
+                decode_step.ACTIVATED: torch.zeros(count, shape.intermediate, dtype=dtype),
+                decode_step.NORMED: torch.zeros(count, shape.hidden, dtype=dtype),
+                decode_step.OWN: self._own,
+                decode_step.QUERY: torch.zeros(count, heads, dtype=dtype),
+                decode_step.ATTENDED: torch.zeros(count, heads, dtype=dtype),
+            }
+        )
 
 
 class HeadProduct:
@@ -200,7 +337,7 @@ class HeadProduct:
         self._code = Compiled(build_product(self._shape), cache)
         self._zeros = torch.zeros(self._shape.padded_out)
         self._bias = self._zeros if bias is None else padded_bias(weight, bias)
-        self._own = torch.zeros(team.num_threads, MAX_ROWS * self._shape.padded_in)
+        self._own = torch.zeros(team.num_threads, FEW_ROWS * self._shape.padded_in)
         arguments = np.zeros(gemv.NUM_PRODUCT_ARGUMENTS, np.int64)
         arguments[gemv.WEIGHT], arguments[gemv.BIAS] = weight.address, self._bias.data_ptr()
         arguments[gemv.OWN], arguments[gemv.ZEROS] = self._own.data_ptr(), self._zeros.data_ptr()
@@ -208,7 +345,7 @@ class HeadProduct:
         self._arguments = arguments
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[R, in_features] with R ≤ `MAX_ROWS` → float32 [R, out_features], rows possibly apart."""
+        """[R, in_features] with R ≤ `FEW_ROWS` → float32 [R, out_features], rows possibly apart."""
         x = x.contiguous()
         rows, count = len(x), row_count(len(x))
         output = torch.empty(count, self._shape.padded_out)
@@ -217,6 +354,38 @@ class HeadProduct:
         arguments[gemv.OUT] = output.data_ptr()
         self._team.run(self._code.address, arguments.ctypes.data)
         return output[:rows, : self._shape.out_features]
+
+
+class WideHead:
+    """Logits of many rows, in float32."""
+
+    def __init__(
+        self, weight: BlockedWeight, bias: torch.Tensor | None, form: Form, team: Team, cache: CodeCache | None
+    ) -> None:
+        self._team = team
+        self._shape = shape = ProductShape.of(weight)
+        self._code = Compiled(build_wide_product(shape, form), cache)
+        self._bias = torch.zeros(shape.padded_out) if bias is None else padded_bias(weight, bias)
+        self._own = torch.zeros(team.num_threads, wide_step.product_own_bytes(shape), dtype=torch.uint8)
+        arguments = np.zeros(wide_step.NUM_PRODUCT_ARGUMENTS, np.int64)
+        arguments[wide_step.WEIGHT], arguments[wide_step.BIAS] = weight.address, self._bias.data_ptr()
+        arguments[wide_step.PRODUCT_OWN] = self._own.data_ptr()
+        arguments[wide_step.OUT_STRIDE] = shape.padded_out + _LOGITS_GAP
+        arguments[wide_step.PRODUCT_THREAD_NUM] = team.thread_num_address
+        arguments[wide_step.PRODUCT_NUM_THREADS] = team.num_threads
+        self._arguments = arguments
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[R, in_features] → float32 [R, out_features], rows apart."""
+        num_tiles = -(-len(x) // TILE)
+        rows = x.new_zeros(num_tiles * TILE, self._shape.in_features)
+        rows[: len(x)] = x
+        output = torch.empty(len(rows), self._shape.padded_out + _LOGITS_GAP)
+        arguments = self._arguments
+        arguments[wide_step.X], arguments[wide_step.NUM_TILES] = rows.data_ptr(), num_tiles
+        arguments[wide_step.PRODUCT_OUT] = output.data_ptr()
+        self._team.run(self._code.address, arguments.ctypes.data)
+        return output[: len(x), : self._shape.out_features]
 
 
 def padded_bias(weight: BlockedWeight, bias: torch.Tensor) -> torch.Tensor:

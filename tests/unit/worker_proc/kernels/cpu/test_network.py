@@ -13,9 +13,10 @@ from folovllm.common.model_config import read_model_config
 from folovllm.worker_proc.attention.backend import AttentionMetadata
 from folovllm.worker_proc.attention.paged import PagedBackend
 from folovllm.worker_proc.device import Placement, dtype_name
+from folovllm.worker_proc.kernels.cpu.chunk_attention import ChunkAttention
 from folovllm.worker_proc.kernels.cpu.decode_attention import DecodeAttention, HeadShape
 from folovllm.worker_proc.kernels.cpu.llvm import prepare
-from folovllm.worker_proc.kernels.cpu.network import DecodeNetwork, plan_network
+from folovllm.worker_proc.kernels.cpu.network import CompiledNetwork, plan_network
 from folovllm.worker_proc.kernels.cpu.team import find_team
 from folovllm.worker_proc.kv_tensors import KVTensors
 from folovllm.worker_proc.models.registry import CausalLM, build_model
@@ -61,7 +62,7 @@ class Side:
         self.kv = KVTensors(self.config, num_blocks, BLOCK_SIZE, placement)
         self.backend = PagedBackend(self.config.num_attention_heads)
 
-    def network(self) -> DecodeNetwork:
+    def network(self) -> CompiledNetwork:
         team = find_team()
         if team is None:
             pytest.skip("this torch does not use GNU's OpenMP")
@@ -72,7 +73,8 @@ class Side:
         shape = HeadShape(config.num_key_value_heads, group, config.head_dim, BLOCK_SIZE, kind)
         plan = plan_network(self.model.parts(), self.kv, config.num_attention_heads)
         assert plan is not None
-        return DecodeNetwork(plan, DecodeAttention(shape, team), self.kv, team, None)
+        attention, chunks = DecodeAttention(shape, team), ChunkAttention(shape, team)
+        return CompiledNetwork(plan, attention, chunks, self.kv, team, None)
 
     def prefill(self, tokens: torch.Tensor) -> None:
         """`tokens`: [requests, longest]."""
@@ -90,7 +92,7 @@ class Side:
         lens = [1] * len(rows)
         return ids, positions_of(requests, lens), build_metadata(requests, lens, BLOCK_SIZE)
 
-    def step(self, tokens: torch.Tensor, rows: list[int], network: DecodeNetwork | None = None) -> torch.Tensor:
+    def step(self, tokens: torch.Tensor, rows: list[int], network: CompiledNetwork | None = None) -> torch.Tensor:
         """Logits [rows, vocabulary] in float32; the requests are one token further afterwards."""
         ids, positions, metadata = self.inputs(tokens, rows)
         if network is None:
@@ -98,16 +100,20 @@ class Side:
             logits = self.model.compute_logits(hidden).float()
         else:
             hidden = forward(network, ids, positions, metadata)
-            logits = network.logits(hidden)
+            few = network.logits(hidden)
+            assert few is not None
+            logits = few
         for row in rows:
             self.requests[row].num_computed += 1
         return logits
 
 
 def forward(
-    network: DecodeNetwork, ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata
+    network: CompiledNetwork, ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata
 ) -> torch.Tensor:
-    return network.forward(ids, positions, metadata.slot_mapping, metadata.block_table, metadata.seq_lens)
+    hidden = network.forward(ids, positions, metadata)
+    assert hidden is not None
+    return hidden
 
 
 def random_tokens() -> torch.Tensor:
