@@ -16,6 +16,7 @@ DType = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 LoadFormat = Literal["auto", "dummy"]
+KVCacheDType = Literal["auto", "fp8"]
 AttentionBackendName = Literal["auto", "torch_naive", "paged", "triton_paged", "flash_attn"]
 
 MAX_SLOTS = 65536
@@ -30,7 +31,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     Attributes:
         model: folder of the model, already resolved (`folovllm.frontend.model_hub.resolve`).
-        dtype: type of weights and KV cache; "auto" takes the checkpoint's.
+        dtype: type of weights, activations and, by default, KV cache; "auto" takes the checkpoint's.
         device: where the worker runs; "auto" is CUDA where present, else the CPU.
         load_format: "auto" reads safetensors; "dummy" makes random weights from config.json alone.
         seed: seed of dummy weights, and of the seeds that the frontend draws for requests without one.
@@ -41,6 +42,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         gpu_memory_utilization: share of the device's memory the engine may use in all; on the CPU the share of the
             available memory that the KV pool may take at most.
         kv_cache_memory_gb: size of the KV pool in GiB, instead of deriving it; None derives it.
+        kv_cache_dtype: "auto" stores K and V in the model's type; "fp8" in float8_e4m3fn with scales for each layer and
+            head, in half the bytes of 16-bit types, at some cost in exactness. Needs a GPU of compute capability 8.9 or
+            newer and the attention backend "triton_paged"; elsewhere the slow reference, "torch_naive".
         max_num_seqs: requests running at once (slots).
         max_num_batched_tokens: token budget of one step.
         long_prefill_token_threshold: most tokens of one prompt in one step, so that shorter prompts pass a long one;
@@ -79,6 +83,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     num_gpu_blocks_override: int | None = None
     gpu_memory_utilization: float = 0.9
     kv_cache_memory_gb: float | None = None
+    kv_cache_dtype: KVCacheDType = "auto"
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     long_prefill_token_threshold: int | None = None
@@ -103,6 +108,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         check_choice("device", self.device, get_args(Device))
         check_choice("load_format", self.load_format, get_args(LoadFormat))
         check_choice("scheduling_policy", self.scheduling_policy, get_args(SchedulingPolicy))
+        check_choice("kv_cache_dtype", self.kv_cache_dtype, get_args(KVCacheDType))
         check_choice("attention_backend", self.attention_backend, get_args(AttentionBackendName))
         check_range("seed", self.seed, -(2**63), 2**63 - 1)
         check_range("block_size", self.block_size, 1, 1024)

@@ -10,6 +10,7 @@ from folovllm.common.config import (
     Device,
     DType,
     EngineConfig,
+    KVCacheDType,
     LoadFormat,
     SchedulingPolicy,
     default_log_level,
@@ -33,6 +34,7 @@ class EngineOptions(TypedDict, total=False):
     num_gpu_blocks_override: int | None
     gpu_memory_utilization: float
     kv_cache_memory_gb: float | None
+    kv_cache_dtype: KVCacheDType
     max_num_seqs: int
     max_num_batched_tokens: int
     long_prefill_token_threshold: int | None

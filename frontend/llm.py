@@ -57,7 +57,7 @@ class LLM:
             engine: endpoint of a running engine to use (`folovllm engine MODEL --listen ENDPOINT`).
             options: of an engine of its own, with these defaults: dtype="auto", device="auto", load_format="auto",
                 seed=0, max_model_len=None, block_size=16, num_gpu_blocks_override=None, gpu_memory_utilization=0.9,
-                kv_cache_memory_gb=None, max_num_seqs=256, max_num_batched_tokens=2048,
+                kv_cache_memory_gb=None, kv_cache_dtype="auto", max_num_seqs=256, max_num_batched_tokens=2048,
                 long_prefill_token_threshold=None, max_num_partial_prefills=None, target_itl_ms=None,
                 enable_prefix_caching=True, scheduling_policy="fcfs", pipeline_depth=2, max_num_queued_reqs=100000,
                 max_num_queued_tokens=None, max_worker_restarts=10, attention_backend="auto", batch_invariant=False,

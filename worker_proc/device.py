@@ -24,10 +24,11 @@ class Placement:
     """Where a model's tensors live, of which type they are, and what its layers run as.
 
     Attributes:
-        device, dtype: of weights, activations and KV cache.
+        device, dtype: of weights and activations, and of the KV cache unless `fp8_cache`.
         use_triton: layers run as Triton kernels.
         dependent_launch: these may begin before the kernel before them is through (`kernels.triton.pdl`).
         batch_invariant: a row's products must not depend on how many rows there are.
+        fp8_cache: the KV cache is float8_e4m3fn with scales, see `fp8_cache`.
     """
 
     device: torch.device
@@ -35,6 +36,12 @@ class Placement:
     use_triton: bool = False
     dependent_launch: bool = False
     batch_invariant: bool = False
+    fp8_cache: bool = False
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """Type of the KV cache's numbers."""
+        return torch.float8_e4m3fn if self.fp8_cache else self.dtype
 
 
 def choose_device(requested: str) -> torch.device:

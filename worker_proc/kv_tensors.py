@@ -27,15 +27,30 @@ class KVTensors:
             0 · NaN from uninitialised memory would be NaN.
         num_blocks, block_size: blocks (the null block 0 included), and tokens in each.
         num_kv_heads, head_dim: as in the model.
+        scales: float32 [num_layers, 2, num_kv_heads], what stored numbers are to be multiplied by; None where the
+            cache is of the model's own type.
     """
 
-    def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, placement: Placement) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_blocks: int,
+        block_size: int,
+        placement: Placement,
+        scales: torch.Tensor | None = None,
+    ) -> None:
+        """`scales`: of an FP8 cache; 1 throughout if there are none."""
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.num_kv_heads = config.num_key_value_heads
         self.head_dim = config.head_dim
         shape = (config.num_hidden_layers, 2, self.num_kv_heads, num_blocks, block_size, self.head_dim)
         self.data = _zeros(shape, placement)
+        self.scales: torch.Tensor | None = None
+        self._whole = self.data  # to copy and to zero
+        if placement.fp8_cache:
+            self.scales = torch.ones(shape[:3], device=placement.device) if scales is None else scales.contiguous()
+            self._whole = self.data.view(torch.uint8)  # torch moves floats of 8 bits by few operators
         rows = 2 * self.num_kv_heads * num_blocks
         # Views made once: each costs a microsecond, three of them in every layer of every step.
         self._block_rows = [layer.view(rows, block_size * self.head_dim) for layer in self.data]
@@ -44,6 +59,10 @@ class KVTensors:
     def layer(self, index: int) -> torch.Tensor:
         """[2, num_kv_heads, num_blocks, block_size, head_dim] of one layer."""
         return self.data[index]
+
+    def layer_scales(self, index: int) -> torch.Tensor | None:
+        """[2, num_kv_heads] of one layer, contiguous."""
+        return None if self.scales is None else self.scales[index]
 
     def block_rows(self, layer: int) -> torch.Tensor:
         """[2 · num_kv_heads · num_blocks, block_size · head_dim]; row (kind · heads + head) · num_blocks + block."""
@@ -69,11 +88,11 @@ class KVTensors:
 
         All sources are read before any destination is written, so a block may be in both lists; destinations differ.
         """
-        self.data.index_copy_(3, destination, self.data.index_select(3, source))
+        self._whole.index_copy_(3, destination, self._whole.index_select(3, source))
 
     def zero_blocks(self, blocks: torch.Tensor) -> None:
         """Zeroes whole blocks in all layers; `blocks` is int64 [n] on the cache's device."""
-        self.data.index_fill_(3, blocks, 0)
+        self._whole.index_fill_(3, blocks, 0)
 
     def _head_offsets(self, stride: int, device: torch.device) -> torch.Tensor:
         return torch.arange(0, 2 * self.num_kv_heads * stride, stride, device=device)
@@ -87,9 +106,9 @@ def _zeros(shape: tuple[int, ...], placement: Placement) -> torch.Tensor:
     first use of 256 blocks (SmolLM2-135M) 5 to 20 times slower and gained the gather nothing.
     """
     if placement.device.type != "cpu":
-        return torch.zeros(shape, dtype=placement.dtype, device=placement.device)
-    memory = mmap.mmap(-1, math.prod(shape) * placement.dtype.itemsize)
-    return torch.frombuffer(memory, dtype=placement.dtype).view(shape)
+        return torch.zeros(shape, dtype=placement.kv_dtype, device=placement.device)
+    memory = mmap.mmap(-1, math.prod(shape) * placement.kv_dtype.itemsize)
+    return torch.frombuffer(memory, dtype=placement.kv_dtype).view(shape)
 
 
 def bytes_per_block(config: ModelConfig, dtype: torch.dtype, block_size: int) -> int:

@@ -26,6 +26,7 @@ from folovllm.worker_proc.device import (
     resolve_dtype,
     set_threads,
 )
+from folovllm.worker_proc.fp8_cache import calibrate
 from folovllm.worker_proc.kernels.cpu.background import CpuKernels
 from folovllm.worker_proc.kv_size import check_fits, decide_num_blocks
 from folovllm.worker_proc.kv_tensors import KVTensors, bytes_per_block
@@ -74,6 +75,10 @@ class Startup:
                 processors = load_processors(config.logits_processors)
         with self._phases.measure("load weights"):
             model, weight_bytes = self._load(model_config, placement)
+        scales = None
+        if placement.fp8_cache:
+            with self._phases.measure("calibrate KV cache"):
+                scales = self._calibrate(model_config, placement, model)
         self._check_stop()
         activations = 0
         if placement.device.type == "cuda":
@@ -82,7 +87,7 @@ class Startup:
             self._check_stop()
         with self._phases.measure("allocate KV cache"):
             num_blocks = self._num_blocks(model_config, placement, activations)
-            kv = KVTensors(model_config, num_blocks, config.block_size, placement)
+            kv = KVTensors(model_config, num_blocks, config.block_size, placement, scales)
             states = RequestStates(self._limits(model_config, num_blocks), placement.device)
             graphs = choose_graphs(model, backend, kv, states, kernels)
             runner = ModelRunner(model, backend, kv, states, graphs, processors)
@@ -107,6 +112,7 @@ class Startup:
             stored = checkpoint_dtype(self._folder)
         device = choose_device(self._config.device)
         placement = place(device, resolve_dtype(self._config.dtype, type_around(model_config, device, stored)))
+        placement = dataclasses.replace(placement, fp8_cache=self._config.kv_cache_dtype == "fp8")
         return make_invariant(placement, model_config) if self._config.batch_invariant else placement
 
     def _load(self, model_config: ModelConfig, placement: Placement) -> tuple[CausalLM, int]:
@@ -120,6 +126,10 @@ class Startup:
         else:
             load_weights(model, self._folder)
         return model, weight_bytes
+
+    def _calibrate(self, model_config: ModelConfig, placement: Placement, model: CausalLM) -> torch.Tensor:
+        most = min(self._max_model_len, self._config.max_num_batched_tokens)
+        return calibrate(model, model_config, placement, most, self._num_valid_token_ids(model_config))
 
     def _num_valid_token_ids(self, model_config: ModelConfig) -> int:
         known = self._config.num_valid_token_ids
@@ -139,7 +149,7 @@ class Startup:
 
     def _num_blocks(self, model_config: ModelConfig, placement: Placement, activations: int) -> int:
         config, device = self._config, placement.device
-        per_block = bytes_per_block(model_config, placement.dtype, config.block_size)
+        per_block = bytes_per_block(model_config, placement.kv_dtype, config.block_size)
         available = available_memory(device)
         blocks_of_one = -(-self._max_model_len // config.block_size)
         if device.type == "cpu":

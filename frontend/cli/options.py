@@ -77,6 +77,7 @@ ENGINE_OPTIONS: tuple[_Spec, ...] = (
     ("num_gpu_blocks_override", int, "Number of KV blocks [from memory]."),
     ("gpu_memory_utilization", float, "Share of the device's memory that may be used [0.9]."),
     ("kv_cache_memory_gb", float, "Size of the KV pool in GiB [from memory]."),
+    ("kv_cache_dtype", click.Choice(["auto", "fp8"]), "Type of the KV cache; 'fp8': half the bytes [the model's]."),
     ("max_num_seqs", int, "Requests running at once [256]."),
     ("max_num_batched_tokens", int, "Token budget of one step [2048]."),
     ("long_prefill_token_threshold", int, "Most tokens of one prompt in one step [none]."),

@@ -35,14 +35,18 @@ LIMITS = StepLimits(
 SAMPLING = (SamplingRow(), SamplingRow(temperature=0.8, seed=5), SamplingRow(temperature=1.0, top_k=20, seed=-3))
 
 
-@pytest.fixture(scope="module", params=[(torch.float32, False), (torch.bfloat16, True)], ids=["float32", "bfloat16"])
+@pytest.fixture(
+    scope="module",
+    params=[(torch.float32, False, False), (torch.bfloat16, True, False), (torch.bfloat16, True, True)],
+    ids=["float32", "bfloat16", "fp8 cache"],
+)
 def placed(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[CausalLM, pathlib.Path, Placement]:
     """A tiny model as Triton runs it; in bf16 with dependent launches."""
-    dtype, dependent = request.param
+    dtype, dependent, fp8 = request.param
     folder = make_model(tmp_path_factory.mktemp("model"), "qwen3", vocab_size=LIMITS.vocab_size)
-    placement = Placement(torch.device("cuda"), dtype, use_triton=True, dependent_launch=dependent)
+    placement = Placement(torch.device("cuda"), dtype, use_triton=True, dependent_launch=dependent, fp8_cache=fp8)
     model = build_model(read_model_config(folder), placement, LIMITS.max_model_len)
     load_weights(model, folder)
     return model, folder, placement

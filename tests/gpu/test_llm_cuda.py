@@ -74,3 +74,18 @@ def test_bfloat16_of_the_reference_shape_agrees_up_to_ties(tmp_path: pathlib.Pat
     with LLM(str(tmp_path / "model"), device="cuda", gpu_memory_utilization=0.5, max_num_batched_tokens=512) as llm:
         for prompt, answer in zip(prompts, answers(llm, prompts), strict=True):
             oracle.check(prompt, answer, tie_gap=0.05)
+
+
+def test_an_fp8_cache_answers_as_the_reference_on_a_cpu(tmp_path: pathlib.Path) -> None:
+    """Scales and stored numbers follow from the weights alone; where sums are rounded otherwise, few tokens differ."""
+    folder = make_model(tmp_path / "model", "qwen3", vocab_size=NUM_IDS)
+    write_tokenizer(folder)
+    prompts = random_prompts(NUM_IDS, LENGTHS)
+    found = []
+    ways: list[EngineOptions] = [{"device": "cpu"}, {"device": "cuda", "gpu_memory_utilization": 0.2}]
+    for options in ways:
+        options |= {"dtype": "float32", "kv_cache_dtype": "fp8"}
+        with LLM(str(folder), **options) as llm:
+            found.append(answers(llm, prompts))
+    same = [one[0] == other[0] for one, other in zip(*found, strict=True)]
+    assert sum(same) >= len(same) - 1

@@ -157,6 +157,16 @@ def test_a_refused_hello_ends_the_worker_with_the_reason() -> None:
         assert core.worker.exit_code() == 1
 
 
+def test_an_fp8_cache_takes_a_byte_a_number_and_gives_tokens(folder: pathlib.Path) -> None:
+    with running_core() as core:
+        report = core.start(engine_config(folder, kv_cache_dtype="fp8"))
+        assert (report.num_blocks, report.attention_backend) == (65, "torch_naive")
+        assert [phase.phase for phase in report.phases][4] == "calibrate KV cache"
+        assert {use.purpose: use.num_bytes for use in report.memory}["KV cache"] == 2 * 2 * 2 * 65 * 4 * 8
+        assert generate(core, 0, [5, 6, 7], 6, 0) == generate(core, 1, [5, 6, 7], 6, 6)
+        assert core.worker.stop(BOUND_S) == 0
+
+
 @pytest.mark.parametrize(
     ("changes", "error_type", "words"),
     [
@@ -168,6 +178,8 @@ def test_a_refused_hello_ends_the_worker_with_the_reason() -> None:
         ),
         ({"num_gpu_blocks_override": 2**31 - 1}, "ConfigError", "can be taken"),
         ({"model": "/nowhere"}, "ModelError", "/nowhere/config.json"),
+        ({"attention_backend": "flash_attn"}, "ConfigError", "needs a CUDA device (this is cpu)"),
+        ({"kv_cache_dtype": "fp8", "attention_backend": "paged"}, "ConfigError", "not 'paged'"),
         ({"logits_processors": ["tests.fakes.processors:absent"]}, "ConfigError", "has no 'absent'"),
     ],
 )

@@ -5,6 +5,7 @@ import math
 import torch
 
 from folovllm.worker_proc.attention.backend import AttentionMetadata
+from folovllm.worker_proc.fp8_cache import dequantize, quantize
 from folovllm.worker_proc.kv_tensors import KVTensors
 
 
@@ -27,8 +28,12 @@ class TorchNaiveStep:
     def attend(self, layer: int, query: torch.Tensor, key_and_value: torch.Tensor) -> torch.Tensor:
         metadata, kv = self._metadata, self._kv
         blocks, offsets = metadata.slot_mapping // kv.block_size, metadata.slot_mapping % kv.block_size
-        heads = key_and_value.unflatten(1, (2, kv.num_kv_heads))  # [T, 2, Hkv, D]
-        kv.layer(layer)[:, :, blocks, offsets] = heads.permute(1, 2, 0, 3)
+        heads = key_and_value.unflatten(1, (2, kv.num_kv_heads)).permute(1, 2, 0, 3)  # [2, Hkv, T, D]
+        scales = kv.layer_scales(layer)
+        if scales is None:
+            kv.layer(layer)[:, :, blocks, offsets] = heads
+        else:
+            kv.layer(layer)[:, :, blocks, offsets] = quantize(heads, scales[:, :, None, None])
         outputs = []
         start = 0
         for request, (query_len, seq_len) in enumerate(zip(metadata.query_lens, metadata.seq_lens, strict=True)):
@@ -42,7 +47,9 @@ class TorchNaiveStep:
         num_blocks = -(-seq_len // self._kv.block_size)
         blocks = self._metadata.block_table[request, :num_blocks]
         cached = self._kv.layer(layer)[:, :, blocks].flatten(2, 3)[:, :, :seq_len]  # [2, Hkv, seq_len, D]
-        return cached[0], cached[1]
+        scales = self._kv.layer_scales(layer)
+        keys, values = cached if scales is None else dequantize(cached, scales[:, :, None, None])
+        return keys, values
 
 
 def _attend_one(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

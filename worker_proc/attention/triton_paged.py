@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from folovllm.worker_proc.attention.backend import AttentionMetadata
 from folovllm.worker_proc.device import Placement
 from folovllm.worker_proc.host_to_device import upload
-from folovllm.worker_proc.kernels.triton.cache_write import write_to_cache
+from folovllm.worker_proc.kernels.triton.cache_write import CacheLayer, write_to_cache
 from folovllm.worker_proc.kernels.triton.paged_decode import DecodeRequests, DecodeScratch, paged_decode
 from folovllm.worker_proc.kernels.triton.paged_prefill import paged_prefill, plan_tiles, rows_per_tile
 from folovllm.worker_proc.kv_tensors import KVTensors
@@ -159,12 +159,16 @@ class TritonPagedStep:
 
     def attend(self, layer: int, query: torch.Tensor, key_and_value: torch.Tensor) -> torch.Tensor:
         out = query.new_empty(query.shape[0], query.shape[1] * query.shape[2])
-        kv_layer, decodes, chunks = self._kv.layer(layer), self._decodes, self._chunks
+        cache, decodes, chunks = (
+            CacheLayer(self._kv.layer(layer), self._kv.layer_scales(layer)),
+            self._decodes,
+            self._chunks,
+        )
         if decodes is not None:
-            paged_decode(query, key_and_value, kv_layer, decodes, self._scratch, out, dependent=self._dependent)
+            paged_decode(query, key_and_value, cache, decodes, self._scratch, out, dependent=self._dependent)
         if chunks is not None:
-            write_to_cache(key_and_value, kv_layer, chunks.slot_mapping, chunks.first_token)
-            paged_prefill(query, kv_layer, chunks.block_table, chunks.tiles, chunks.tile_rows, out)
+            write_to_cache(key_and_value, cache, chunks.slot_mapping, chunks.first_token)
+            paged_prefill(query, cache, chunks.block_table, chunks.tiles, chunks.tile_rows, out)
         return out
 
 
@@ -182,7 +186,7 @@ class PromptStep:
         self._places = places
 
     def attend(self, layer: int, query: torch.Tensor, key_and_value: torch.Tensor) -> torch.Tensor:
-        write_to_cache(key_and_value, self._kv.layer(layer), self._places, 0)
+        write_to_cache(key_and_value, CacheLayer(self._kv.layer(layer)), self._places, 0)
         key, value = key_and_value.split(self._kv.num_kv_heads, dim=1)
         queries, keys, values = (each.transpose(0, 1).unsqueeze(0) for each in (query, key, value))
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):

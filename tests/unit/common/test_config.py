@@ -27,6 +27,7 @@ from folovllm.common.errors import ConfigError
         ("load_format", ["gguf"]),
         ("scheduling_policy", ["lifo"]),
         ("attention_backend", ["flash"]),
+        ("kv_cache_dtype", ["fp4", "float8_e4m3fn"]),
         ("block_size", [0, -1, 1025, 16.0, True, "16", None]),
         ("max_num_seqs", [0, 65537]),
         ("max_num_batched_tokens", [0, 2**24 + 1]),

@@ -60,3 +60,22 @@ def test_copy_blocks_reads_all_sources_first() -> None:
     assert torch.equal(kv.data[:, :, :, 2], before[:, :, :, 1])
     assert torch.equal(kv.data[:, :, :, 3], before[:, :, :, 2])
     assert torch.equal(kv.data[:, :, :, [0, 1, 4]], before[:, :, :, [0, 1, 4]])
+
+
+def test_an_fp8_cache_takes_a_byte_a_number_and_its_blocks_move_alike() -> None:
+    kv = KVTensors(CONFIG, 5, 8, Placement(torch.device("cpu"), torch.bfloat16, fp8_cache=True))
+    assert not kv.data.float().any() and kv.data.nbytes == bytes_per_block(CONFIG, torch.float8_e4m3fn, 8) * 5
+    assert 2 * bytes_per_block(CONFIG, torch.float8_e4m3fn, 8) == bytes_per_block(CONFIG, torch.bfloat16, 8)
+    kv.data[:, :, :, 2] = 3.5
+    kv.copy_blocks(torch.tensor([2]), torch.tensor([4]))
+    kv.zero_blocks(torch.tensor([2]))
+    assert kv.data.float().unique_consecutive(dim=3)[0, 0, 0, :, 0, 0].tolist() == [0.0, 3.5]
+    assert kv.scales is not None and kv.scales.shape == (3, 2, 2) and (kv.scales == 1).all()
+    assert filled().scales is None and filled().layer_scales(0) is None
+
+
+def test_a_layer_knows_its_scales() -> None:
+    scales = torch.arange(12.0).view(3, 2, 2)
+    kv = KVTensors(CONFIG, 2, 8, Placement(torch.device("cpu"), torch.float32, fp8_cache=True), scales)
+    found = kv.layer_scales(1)
+    assert found is not None and found.tolist() == [[4.0, 5.0], [6.0, 7.0]]

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from folovllm.worker_proc.kernels.triton.cache_write import CacheLayer, round_to_fp8
 from folovllm.worker_proc.kernels.triton.pdl import launch_options, wait
 
 _SMALLEST_DOT = 16  # rows of the smallest product on tensor cores
@@ -59,7 +60,7 @@ class DecodeScratch:
 def paged_decode(
     query: torch.Tensor,
     key_and_value: torch.Tensor,
-    kv_layer: torch.Tensor,
+    cache: CacheLayer,
     requests: DecodeRequests,
     scratch: DecodeScratch,
     out: torch.Tensor,
@@ -71,21 +72,21 @@ def paged_decode(
     Args:
         query: [≥ R, Hq, head_dim]; the first R tokens count; a head is contiguous.
         key_and_value: [≥ R, 2 · Hkv, head_dim]; as in `AttentionStep.attend`.
-        kv_layer: [2, Hkv, blocks, block_size, head_dim], contiguous.
+        cache: of the layer.
         requests: R decoding requests.
         scratch: for R · num_parts parts at least, if num_parts > 1.
         out: [≥ R, Hq · head_dim], contiguous; rows of padding stay as they are.
         dependent: launched as a dependent of the kernel before, see `pdl`.
     """
     num_requests, num_q_heads, head_dim = requests.seq_lens.shape[0], query.shape[1], query.shape[2]
-    _, num_kv_heads, num_blocks, block_size, _ = kv_layer.shape
+    _, num_kv_heads, num_blocks, block_size, _ = cache.data.shape
     group = num_q_heads // num_kv_heads
     assert requests.num_parts == 1 or num_requests * requests.num_parts <= scratch.max_parts
     rows = requests.seq_lens if requests.rows is None else requests.rows
     _paged_decode[(num_requests, num_kv_heads, requests.num_parts)](
         query,
         key_and_value,
-        kv_layer,
+        *cache.pointers,
         requests.block_table,
         rows,
         requests.seq_lens,
@@ -108,6 +109,7 @@ def paged_decode(
         PADDED=triton.next_power_of_2(head_dim),
         BLOCK_SIZE=block_size,
         TILE=_TILE if head_dim <= 128 and query.dtype.itemsize == 2 else _TILE // 4,
+        FP8=cache.scales is not None,
         DEPENDENT=dependent,
         num_warps=4,
         num_stages=2,
@@ -120,6 +122,7 @@ def _paged_decode(
     query_ptr,
     new_ptr,
     kv_ptr,
+    scales_ptr,
     table_ptr,
     rows_ptr,
     seq_lens_ptr,
@@ -142,6 +145,7 @@ def _paged_decode(
     PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
+    FP8: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     request, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
@@ -163,10 +167,17 @@ def _paged_decode(
     largest = tl.full([DOT_ROWS], -1e30, tl.float32)
     total = tl.zeros([DOT_ROWS], tl.float32)
     acc = tl.zeros([DOT_ROWS, PADDED], tl.float32)
+    value_scale = 1.0
+    if FP8:  # scores and output are multiplied instead of each key and value
+        key_scale, value_scale = tl.load(scales_ptr + head), tl.load(scales_ptr + NUM_KV_HEADS + head)
+        scale *= key_scale
     if part == num_parts - 1:  # the new token
         new = new_ptr + request * new_stride + head * HEAD_DIM + column
         new_key = tl.load(new, mask=in_head, other=0.0)
         new_value = tl.load(new + NUM_KV_HEADS * HEAD_DIM, mask=in_head, other=0.0)
+        if FP8:
+            new_key = round_to_fp8(new_key.to(tl.float32) / key_scale)
+            new_value = round_to_fp8(new_value.to(tl.float32) / value_scale)
         last = seq_len - 1
         place = tl.load(table + last // BLOCK_SIZE) * BLOCK_SIZE + last % BLOCK_SIZE
         tl.store(keys + place * HEAD_DIM + column, new_key.to(kv_ptr.dtype.element_ty), mask=in_head)
@@ -192,7 +203,7 @@ def _paged_decode(
         total = total * shrink + tl.sum(weights, 1)
         largest = new_largest
         acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
-    result = acc / total[:, None]
+    result = acc / total[:, None] * value_scale
     out = out_ptr + request * NUM_KV_HEADS * GROUP * HEAD_DIM + in_out
     if num_parts == 1:
         tl.store(out, result.to(out_ptr.dtype.element_ty), mask=in_group)

@@ -16,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from folovllm.worker_proc.kernels.triton.cache_write import CacheLayer
+
 _LOG2_E = math.log2(math.e)
 _MANY_TOKENS = 8192
 FIELDS = 4  # numbers that describe a tile
@@ -60,7 +62,7 @@ def plan_tiles(
 
 def paged_prefill(
     query: torch.Tensor,
-    kv_layer: torch.Tensor,
+    cache: CacheLayer,
     block_table: torch.Tensor,
     tiles: torch.Tensor,
     rows: int,
@@ -70,20 +72,20 @@ def paged_prefill(
 
     Args:
         query: [T, Hq, head_dim]; a head is contiguous.
-        kv_layer: [2, Hkv, blocks, block_size, head_dim], contiguous; the chunks' own K and V are in it.
+        cache: of the layer; the chunks' own K and V are in it.
         block_table: int64 [R, blocks], row-major.
         tiles: int32 [n, 4], see `plan_tiles`; a tile of 0 tokens is passed over.
         rows: of a tile, see `rows_per_tile`.
         out: [T, Hq · head_dim], contiguous.
     """
     _, num_q_heads, head_dim = query.shape
-    _, num_kv_heads, num_blocks, block_size, _ = kv_layer.shape
+    _, num_kv_heads, num_blocks, block_size, _ = cache.data.shape
     group = num_q_heads // num_kv_heads
     padded = triton.next_power_of_2(head_dim)
     wide = query.dtype == torch.float32
     _paged_prefill[(num_kv_heads, tiles.shape[0])](
         query,
-        kv_layer,
+        *cache.pointers,
         block_table,
         tiles,
         out,
@@ -99,6 +101,7 @@ def paged_prefill(
         HEAD_DIM=head_dim,
         PADDED=padded,
         BLOCK_SIZE=block_size,
+        FP8=cache.scales is not None,
         TILE=32 if wide or padded > 128 else 64,
         num_warps=8 if padded > 64 and not wide else 4,
         num_stages=2 if wide or padded > 128 else 3,
@@ -109,6 +112,7 @@ def paged_prefill(
 def _paged_prefill(
     query_ptr,
     kv_ptr,
+    scales_ptr,
     table_ptr,
     tiles_ptr,
     out_ptr,
@@ -124,6 +128,7 @@ def _paged_prefill(
     HEAD_DIM: tl.constexpr,
     PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    FP8: tl.constexpr,
     TILE: tl.constexpr,
 ):
     head = tl.program_id(0)
@@ -145,6 +150,10 @@ def _paged_prefill(
     largest = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, PADDED], tl.float32)
+    value_scale = 1.0
+    if FP8:  # scores and output are multiplied instead of each key and value
+        scale *= tl.load(scales_ptr + head)
+        value_scale = tl.load(scales_ptr + NUM_KV_HEADS + head)
     seq_len = first_position + num_tokens
     last_seen = first_position + token
     whole = ((first_position + 1) // TILE) * TILE  # keys before this are seen by every query of the tile
@@ -157,7 +166,7 @@ def _paged_prefill(
         HEAD_DIM, PADDED, BLOCK_SIZE, TILE, True,
     )  # fmt: skip
     at_out = (first_token + token)[:, None] * (NUM_KV_HEADS * GROUP * HEAD_DIM) + in_token
-    tl.store(out_ptr + at_out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=in_tile)
+    tl.store(out_ptr + at_out, (acc / total[:, None] * value_scale).to(out_ptr.dtype.element_ty), mask=in_tile)
 
 
 @triton.jit

@@ -1,5 +1,6 @@
 """Which attention backend is taken, and what is said where the one asked for cannot serve."""
 
+import dataclasses
 import logging
 
 import pytest
@@ -17,6 +18,8 @@ from tests.fakes.flash_attention import flash_attn_varlen_func
 CONFIG = model_config(2, 64)
 CPU = Placement(torch.device("cpu"), torch.float32)
 GPU_WITHOUT_TRITON = Placement(torch.device("cuda"), torch.bfloat16)
+FP8_CPU = dataclasses.replace(CPU, fp8_cache=True)
+FP8_TRITON = Placement(torch.device("cuda"), torch.bfloat16, use_triton=True, fp8_cache=True)
 PACKAGE = FlashAttention2(flash_attn_varlen_func)
 
 
@@ -75,3 +78,25 @@ def test_triton_comes_before_it(found: list[str], caplog: pytest.LogCaptureFixtu
         placement = Placement(torch.device("cpu"), torch.bfloat16, use_triton=True)
         assert choose("auto", placement).name == "triton_paged"
     assert caplog.records[0].getMessage() == "attention backend: triton_paged, the fastest there is on cpu"
+
+
+def test_an_fp8_cache_is_read_by_the_reference_on_a_cpu(caplog: pytest.LogCaptureFixture) -> None:
+    assert choose("auto", FP8_CPU).name == "torch_naive"
+    assert "torch_naive, the only one for an FP8 cache without Triton on CUDA; it is slow" in caplog.text
+    assert choose("torch_naive", FP8_CPU).name == "torch_naive"
+
+
+@pytest.mark.parametrize("name", ["paged", "flash_attn"])
+def test_backends_that_cannot_read_an_fp8_cache_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"needs attention_backend='triton_paged', or the slow .*not '{name}'"):
+        choose(name, FP8_CPU)
+    with pytest.raises(ConfigError, match="'triton_paged' needs a CUDA device and the package triton"):
+        choose("triton_paged", FP8_CPU)
+
+
+@pytest.mark.parametrize("name", ["auto", "triton_paged"])
+def test_a_gpu_without_fp8_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 6))
+    with pytest.raises(ConfigError, match=r"compute capability 8.9 or newer, .*this one has 8\.6"):
+        choose(name, FP8_TRITON)
+    assert choose("torch_naive", FP8_TRITON).name == "torch_naive"

@@ -19,6 +19,7 @@ def compare(
     heads: tuple[int, int, int] = (4, 2, 64),
     block_size: int = 16,
     dtype: torch.dtype = torch.float32,
+    fp8: bool = False,
 ) -> None:
     """Both backends on the same random cache and step: the same output, the same cache afterwards."""
     device = triton_device()
@@ -33,8 +34,13 @@ def compare(
     flat = torch.randn(sum(query_lens), num_q_heads + 2 * num_kv_heads, head_dim, generator=generator)
     flat = flat.to(device, dtype)
     config = config_of(num_kv_heads, head_dim)
-    caches = [KVTensors(config, num_blocks, block_size, Placement(device, dtype)) for _ in range(2)]
+    placement = Placement(device, dtype, fp8_cache=fp8)
+    caches = [KVTensors(config, num_blocks, block_size, placement) for _ in range(2)]
     caches[0].data.copy_(torch.randn(caches[0].data.shape, generator=generator))
+    for cache in caches:
+        if cache.scales is not None:  # another one for each head; some numbers are too large for theirs
+            numbers = torch.arange(1, cache.scales.numel() + 1).view(cache.scales.shape) / 300
+            cache.scales.copy_(numbers)
     caches[0].data[:, :, :, 0] = torch.nan  # what is read beyond an end would show
     caches[1].data.copy_(caches[0].data)
     backends: tuple[AttentionBackend, ...] = (
@@ -47,7 +53,8 @@ def compare(
         outputs.append(step.attend(1, flat[:, :num_q_heads], flat[:, num_q_heads:]).float())
     tolerance = 2e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(outputs[1], outputs[0], atol=tolerance, rtol=tolerance)
-    assert torch.equal(caches[0].data[:, :, :, 1:], caches[1].data[:, :, :, 1:])
+    stored = [cache.data[:, :, :, 1:].float() for cache in caches]
+    assert torch.equal(stored[0], stored[1])
 
 
 @pytest.mark.parametrize("contexts", [[0], [15, 16, 17], [0, 63, 64, 65, 200]])
@@ -75,3 +82,28 @@ def test_chunks_with_and_without_context() -> None:
 
 def test_an_even_number_of_parts_that_a_length_does_not_fill() -> None:
     compare([700], [1])
+
+
+@pytest.mark.parametrize("heads", [(4, 2, 64), (3, 1, 96)])
+def test_an_fp8_cache_is_written_and_read_with_its_heads_scales(heads: tuple[int, int, int]) -> None:
+    """Decodes of one part and of several, chunks with context and without: bit for bit what the reference stores."""
+    compare([40, 0, 300, 20, 0], [1, 1, 1, 30, 50], heads=heads, fp8=True)
+
+
+def test_rounding_to_fp8_is_that_of_torch() -> None:
+    device = triton_device()
+    from folovllm.worker_proc.kernels.triton.cache_write import CacheLayer, write_to_cache
+
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    numbers = codes[codes.isfinite()].sort().values
+    between = (numbers[1:] + numbers[:-1]) / 2  # ties
+    others = torch.randn(1000, generator=torch.Generator().manual_seed(1)) * torch.linspace(-12, 9, 1000).exp2()
+    values = torch.cat((numbers, between, between * 1.001, others, torch.tensor([1e9, -1e9, torch.inf])))
+    if device.type == "cuda":  # the interpreter's conversion makes a number of it
+        values = torch.cat((values, torch.tensor([torch.nan])))
+    rows = torch.nn.functional.pad(values, (0, -len(values) % 64)).view(-1, 1, 64).to(device)
+    new = torch.cat((rows, -rows), dim=1)  # one K head and one V head
+    stored = torch.zeros(2, 1, 1, len(rows), 64, dtype=torch.float8_e4m3fn, device=device)
+    write_to_cache(new, CacheLayer(stored, torch.ones(2, 1, device=device)), torch.arange(len(rows), device=device), 0)
+    expected = new.transpose(0, 1)[:, None, None].clamp(-448, 448).to(torch.float8_e4m3fn)
+    torch.testing.assert_close(stored.float(), expected.float(), atol=0, rtol=0, equal_nan=True)
