@@ -30,7 +30,7 @@ BLOCK_SIZE = 16
 @pytest.mark.parametrize("form", [Format(), Format(sym=False, group_size=16)])
 @torch.inference_mode()
 def test_the_step_and_the_head_take_4_bit_weights(tmp_path: pathlib.Path, form: Format) -> None:
-    folder, _ = make_gptq_model(tmp_path, "llama", form, head=True, vocab_size=200, head_dim=32)
+    folder, _ = make_gptq_model(tmp_path, "llama", form, head=True, vocab_size=224, head_dim=32)
     config, placement = read_model_config(folder), Placement(torch.device("cpu"), torch.bfloat16)
     model = build_model(config, placement, 64, linear_maker(config, placement, folder))
     load_weights(model, folder)
