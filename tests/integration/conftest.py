@@ -1,5 +1,6 @@
 """Engines for the integration tests: all three processes, a tiny model with random weights, one engine per module."""
 
+import contextlib
 import os
 import pathlib
 import subprocess
@@ -99,8 +100,7 @@ class Daemon:
     def close(self) -> None:
         """Ends whatever is left, for a test that failed half way."""
         if self.process.poll() is None:
-            for process in self.family():
-                process.kill()
+            kill_all(self.family())
         self.process.communicate()
 
 
@@ -132,9 +132,15 @@ def left_of(family: Sequence[psutil.Process], timeout_s: float = 30.0) -> list[p
     """Those that do not end: five seconds are the promise, but a machine may be held up. They are killed."""
     _, left = psutil.wait_procs(family, timeout=timeout_s)
     left = [process for process in left if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
-    for process in left:
-        process.kill()
+    kill_all(left)
     return left
+
+
+def kill_all(processes: Sequence[psutil.Process]) -> None:
+    """Those whose parent was killed just before may be gone by themselves."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def runtime_dirs(pid: int, base: str = "/tmp") -> list[pathlib.Path]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import httpx
 import psutil
 
-from tests.integration.conftest import END_TIMEOUT_S, ROOT, TINY, left_of
+from tests.integration.conftest import END_TIMEOUT_S, ROOT, TINY, kill_all, left_of
 
 TIMEOUT_S = 60.0
 
@@ -79,7 +79,6 @@ class ServeProcess:
     def close(self) -> None:
         """Ends whatever is left, for a test that failed half way."""
         if self.process.poll() is None:
-            for process in self.family():
-                process.kill()
+            kill_all(self.family())
         self.process.communicate()
         self._errors.close()

@@ -39,7 +39,7 @@ def test_frontends_come_and_go_and_each_has_its_own_requests(daemon: Daemon) -> 
     with LLM(engine=daemon.endpoint) as first:
         expected = [output.outputs[0].text for output in first.generate(["abc", "xyz"], GREEDY, use_tqdm=False)]
         with LLM(engine=daemon.endpoint) as second:
-            assert second.get_stats().num_frontends == 2
+            assert eventually(lambda: second.get_stats().num_frontends == 2)  # others that left are missed within 1 s
             ours, theirs = first.stream("abc", GREEDY), second.stream("xyz", GREEDY)  # the same numbers on both sides
             assert "".join(delta.outputs[0].text for delta in ours) == expected[0]
             assert "".join(delta.outputs[0].text for delta in theirs) == expected[1]
