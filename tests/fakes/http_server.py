@@ -15,7 +15,7 @@ from folovllm.frontend.server.app import build_app
 from folovllm.frontend.server.context import ServerContext
 from folovllm.frontend.server.options import ServerOptions
 
-TIMEOUT_S = 30.0
+TIMEOUT_S = 60.0
 BASE_URL = "http://test"
 
 

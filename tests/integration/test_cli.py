@@ -62,7 +62,7 @@ def test_chat_in_a_terminal(daemon: Daemon) -> None:
         os.write(ours, b"/stats\n")
         shown = _read_until(ours, "you> ")
         os.write(ours, b"/exit\n")
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
     os.close(ours)
     assert "last answer: 5 tokens" in shown
     assert "KV blocks in use" in shown

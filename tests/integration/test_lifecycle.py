@@ -94,7 +94,7 @@ def test_L35_a_script_that_is_ended_leaves_nothing(tiny_folder: pathlib.Path, ph
             assert eventually(lambda: len(own.children(recursive=True)) >= 2, timeout_s=60)
         family = [own, *own.children(recursive=True)]
         process.send_signal(number)
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=60)
         assert process.returncode == -number
         assert errors.count("Traceback") == (1 if number == signal.SIGINT else 0)  # Python's own, of the script
         assert left_of(family) == []

@@ -224,5 +224,5 @@ def test_sigterm_ends_a_command_in_order_with_143(tmp_path: pathlib.Path) -> Non
         with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
             assert core.wait_until(lambda: len(core.live) == 1)
             process.send_signal(signal.SIGTERM)
-            _, errors = process.communicate(timeout=20)
+            _, errors = process.communicate(timeout=60)
         assert (process.returncode, errors) == (143, "")

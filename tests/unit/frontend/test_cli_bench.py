@@ -191,7 +191,7 @@ def test_a_signal_hangs_up(number: int, code: int) -> None:
 
     def parts() -> Iterator[bytes]:
         asked.set()
-        assert end.wait(30)
+        assert end.wait(60)
         yield b""
 
     def never_answers(asked: Asked) -> Answer:
@@ -200,9 +200,9 @@ def test_a_signal_hangs_up(number: int, code: int) -> None:
     with ScriptedServer(never_answers) as server:
         command = [sys.executable, "-m", "folovllm", "bench", "serve", "--base-url", server.url, "--num-warmups", "0"]
         with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-            assert asked.wait(30)
+            assert asked.wait(60)
             process.send_signal(number)
-            _, errors = process.communicate(timeout=20)
+            _, errors = process.communicate(timeout=60)
         end.set()
     assert process.returncode == code
     assert "Traceback" not in errors

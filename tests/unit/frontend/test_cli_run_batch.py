@@ -107,5 +107,5 @@ def test_a_signal_ends_it_while_it_waits_for_lines(
         process.stdin.flush()
         assert json.loads(process.stdout.readline())["custom_id"] == "0"
         process.send_signal(number)
-        assert process.wait(20) == code
+        assert process.wait(60) == code
         assert "Traceback" not in process.stderr.read()

@@ -134,7 +134,7 @@ def test_of_two_at_once_one_makes_the_folder_and_the_other_waits(
 
     def make(folder: Path) -> None:
         started.set()
-        assert proceed.wait(10)
+        assert proceed.wait(30)
         made.append(folder)
         folder.mkdir()
 
@@ -144,11 +144,11 @@ def test_of_two_at_once_one_makes_the_folder_and_the_other_waits(
     threads = [threading.Thread(target=lambda: results.append(demo_model.demo_model_dir())) for _ in range(2)]
     for thread in threads:
         thread.start()
-    assert started.wait(10)
+    assert started.wait(30)
     assert results == []
     proceed.set()
     for thread in threads:
-        thread.join(10)
+        thread.join(30)
     assert len(results) == 2
     assert len(made) == 1
     assert results[0] == results[1] == made[0]

@@ -67,7 +67,7 @@ def test_a_delta_is_there_before_the_next_is_made() -> None:
     def parts() -> Iterator[bytes]:
         first, second, *rest = chat_events("a").parts
         yield from (first, second)
-        assert go_on.wait(10)
+        assert go_on.wait(30)
         yield from rest
 
     with (
@@ -109,7 +109,7 @@ def test_a_silent_server_lists_no_models_for_ever(begun: bytes, monkeypatch: pyt
         connection, _ = listener.accept()
         with connection:
             connection.sendall(begun)
-            is_told.wait(20)
+            is_told.wait(30)
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=speak, args=(listener,))
@@ -117,7 +117,7 @@ def test_a_silent_server_lists_no_models_for_ever(begun: bytes, monkeypatch: pyt
         with pytest.raises(EngineDeadError, match=r"no server answers at .*: timed out"):
             OpenAIClient(f"http://127.0.0.1:{listener.getsockname()[1]}").models()
         is_told.set()
-        thread.join(20)
+        thread.join(30)
 
 
 def test_a_stream_may_be_silent_for_longer_than_a_list_of_models(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +163,7 @@ def test_no_http_server() -> None:
         thread.start()
         with pytest.raises(EngineDeadError, match="no HTTP server"):
             OpenAIClient(f"http://127.0.0.1:{listener.getsockname()[1]}").models()
-        thread.join(10)
+        thread.join(30)
 
 
 def test_plain_http_where_tls_was_asked_for() -> None:

@@ -27,7 +27,7 @@ def send_one(where: Target) -> Record:
     async def one() -> Record:
         record = Record(WORK)
         async with new_session(where) as session:
-            await asyncio.wait_for(send(session, where, record), 20)
+            await asyncio.wait_for(send(session, where, record), 60)
         return record
 
     return asyncio.run(one())

@@ -39,7 +39,7 @@ class Crowd:
             self.now += 1
             self.most = max(self.most, self.now)
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self.most >= self._expected, 20)
+            self._changed.wait_for(lambda: self.most >= self._expected, 60)
         first, *rest = chat_events("a").parts
         yield first
         with self._changed:

@@ -41,7 +41,7 @@ def answered(
             with os.fdopen(write, "wb") as file:
                 file.write("\n".join(lines).encode("utf-8", "surrogateescape"))
             try:
-                await asyncio.wait_for(batch.run(max_in_work, lambda: ended.append(1)), 30)
+                await asyncio.wait_for(batch.run(max_in_work, lambda: ended.append(1)), 60)
             finally:
                 os.close(read)
         return sink.getvalue(), batch.counts, len(ended)

@@ -20,7 +20,7 @@ def all_of(fd: int, max_bytes: int = 20) -> list[Line]:
         assert await reader.next() is None, "it stays at the end"
         return lines
 
-    return asyncio.run(asyncio.wait_for(read(), 20))
+    return asyncio.run(asyncio.wait_for(read(), 60))
 
 
 def of_file(tmp_path: pathlib.Path, data: bytes, max_bytes: int = 20) -> list[Line]:
@@ -72,7 +72,7 @@ def with_pipe(scenario: Callable[[LineReader, int], Awaitable[None]]) -> None:
     async def run() -> None:
         read, write = os.pipe()
         try:
-            await asyncio.wait_for(scenario(LineReader(read, 100), write), 20)
+            await asyncio.wait_for(scenario(LineReader(read, 100), write), 60)
         finally:
             os.close(read)
 
