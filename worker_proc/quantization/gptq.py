@@ -5,13 +5,12 @@ warning, as long as they can be read in one way only; otherwise the checkpoint i
 
 A layer keeps the checkpoint's tensors until all are filled. Then projections of one input whose inputs are dealt out to
 the same groups become one product; others (q, k and v in activation orders of their own) run one after another. Where
-there is a kernel for 4-bit weights they stay 4-bit; elsewhere (8 bits, float32, CUDA) they are expanded once to the
-placement's type: such a model runs as fast as an unquantized one, and takes as much memory.
+there are kernels for 4-bit weights they stay 4-bit; elsewhere (8 bits, float32, odd groups) they are expanded once to
+the placement's type: such a model runs as fast as an unquantized one, and takes as much memory.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,10 +24,10 @@ from folovllm.worker_proc.layers.side_by_side import SideBySide
 from folovllm.worker_proc.quantization.config import SUPPORTED_BITS, WHOLE_INPUT, GPTQConfig, Scheme
 from folovllm.worker_proc.quantization.storage import WORD_BITS, Quantized, unpack_rows, unpack_zeros
 
-if TYPE_CHECKING:
-    from folovllm.worker_proc.layers.int4_linear import Int4Kernels
-
 INT4_BITS = 4
+
+Int4Maker = Callable[[Quantized, torch.Tensor | None], LinearLayer | None]
+"""(weight with numbers from 0 to 15, bias) → a layer that keeps it so; None: its sizes or groups are of an odd kind."""
 
 logger = get_logger(__name__)
 
@@ -41,15 +40,15 @@ class GPTQLinears:
         config: GPTQConfig,
         placement: Placement,
         stored: Mapping[str, tuple[int, ...]] | None = None,
-        kernels: "Callable[[], Int4Kernels | None]" = lambda: None,
+        int4_maker: Callable[[], Int4Maker | None] = lambda: None,
     ) -> None:
         """Prepares for a checkpoint.
 
         Args:
             stored: shapes of the checkpoint's tensors, by name; None where there is none (random weights).
-            kernels: waits for what computes with 4-bit weights; None: nothing does, they are to be expanded.
+            int4_maker: waits for what makes layers of 4-bit weights; None: nothing does, they are to be expanded.
         """
-        self.kernels = kernels
+        self.int4_maker = int4_maker
         self._config = config
         self._placement = placement
         self._stored = stored
@@ -283,12 +282,13 @@ class GPTQLinear:
         biases = [part.bias() for part, _ in parts]
         present = [each for each in biases if each is not None]
         bias = torch.cat(present) if present else None
-        if parts[0][0].scheme.bits == INT4_BITS and (kernels := self._maker.kernels()) is not None:
-            from folovllm.worker_proc.layers.int4_linear import packed_linear
-
-            layer = packed_linear(quantized, bias, kernels)
+        if parts[0][0].scheme.bits == INT4_BITS and (make := self._maker.int4_maker()) is not None:
+            layer = make(quantized, bias)
             if layer is not None:
                 return layer
+            self._maker.warn(
+                "expanded", parts[0][0].module, "no kernel takes these sizes or groups: weights are expanded"
+            )
         return _expanded(quantized, bias, {part.module: part.size for part, _ in parts}, self._maker.placement)
 
 

@@ -1,5 +1,6 @@
 """Which maker of linear layers serves which quantization method. Another method is another file and a line here."""
 
+import functools
 import importlib.util
 import pathlib
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from folovllm.worker_proc.kernels.cpu.background import Compiler
 from folovllm.worker_proc.layers.int4_layout import Int4Layout
 from folovllm.worker_proc.layers.linear import DenseLinears, LinearMaker, can_pack
 from folovllm.worker_proc.quantization.config import WHOLE_INPUT, Scheme, read_gptq_config
-from folovllm.worker_proc.quantization.gptq import INT4_BITS, GPTQLinears
+from folovllm.worker_proc.quantization.gptq import INT4_BITS, GPTQLinears, Int4Maker
 from folovllm.worker_proc.weights import stored_shapes
 
 if TYPE_CHECKING:
@@ -26,10 +27,22 @@ Shapes = Mapping[str, tuple[int, ...]]  # of a checkpoint's tensors, by name
 
 def _gptq(fields: Mapping[str, Any], placement: Placement, stored: Shapes | None) -> LinearMaker:
     config = read_gptq_config(fields)
-    return GPTQLinears(config, placement, stored, _int4_kernels(placement, config.scheme))
+    return GPTQLinears(config, placement, stored, _int4_maker(placement, config.scheme))
 
 
-def _int4_kernels(placement: Placement, scheme: Scheme) -> "Callable[[], Int4Kernels | None]":
+def _int4_maker(placement: Placement, scheme: Scheme) -> Callable[[], Int4Maker | None]:
+    """What makes layers of 4-bit weights: with Triton's kernels, or with compiled ones on a CPU; None elsewhere."""
+    if not placement.use_triton:
+        return _compiled_int4_maker(placement, scheme)
+    if placement.dtype == torch.float32:
+        return lambda: None
+    from folovllm.worker_proc.layers.int4_triton_linear import Int4Scratch, words_linear
+
+    make = functools.partial(words_linear, scratch=Int4Scratch(placement))
+    return lambda: make
+
+
+def _compiled_int4_maker(placement: Placement, scheme: Scheme) -> Callable[[], Int4Maker | None]:
     """Begins to compile what computes with 4-bit weights, while they are read; what is returned waits for it."""
     bfloat16 = torch.empty(0, dtype=placement.dtype, device=placement.device)
     if not can_pack(bfloat16) or not use_cpu_kernels() or importlib.util.find_spec("llvmlite") is None:
@@ -44,7 +57,15 @@ def _int4_kernels(placement: Placement, scheme: Scheme) -> "Callable[[], Int4Ker
             kernels.product(Int4Layout(scheme.group_size, not scheme.sym))
         return kernels
 
-    return compiler.begin("products with 4-bit weights", make).wait
+    later = compiler.begin("products with 4-bit weights", make)
+
+    def wait() -> Int4Maker | None:
+        from folovllm.worker_proc.layers.int4_linear import packed_linear
+
+        kernels = later.wait()
+        return None if kernels is None else functools.partial(packed_linear, kernels=kernels)
+
+    return wait
 
 
 METHODS: dict[QuantizationMethod, Callable[[Mapping[str, Any], Placement, Shapes | None], LinearMaker]] = {

@@ -81,7 +81,7 @@ def int4_gemm(
         dependent: launched as a dependent of the kernel before, see `pdl`.
     """
     out = x.new_empty(x.shape[0], weight.out_features // 2 if gated else weight.out_features)
-    tiling = choose_tiling(*out.shape, weight, gated=gated)
+    tiling = choose_tiling(out.shape[0], out.shape[1], weight, gated=gated)
     _launch(x, weight, bias, out, (x, x), tiling, _GATED if gated else _PLAIN, dependent)
     return out
 
@@ -96,7 +96,7 @@ def add_int4_gemm(
     dependent: bool,
 ) -> None:
     """`residual += x · weightᵀ + bias`: residual [R, N], contiguous; the others as for `int4_gemm`."""
-    tiling = choose_tiling(*residual.shape, weight, may_split=True)
+    tiling = choose_tiling(residual.shape[0], residual.shape[1], weight, may_split=True)
     _launch(x, weight, bias, residual, (scratch.parts, scratch.num_done), tiling, _ADD, dependent)
 
 
