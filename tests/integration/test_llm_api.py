@@ -136,7 +136,7 @@ def test_L37_1500_requests_at_once_over_one_connection(llm: LLM) -> None:
     descriptors = psutil.Process().num_fds()
     outputs = llm.generate([[i % 256, 1] for i in range(1500)], SamplingParams(max_tokens=1), use_tqdm=False)
     assert [output.prompt_token_ids[0] for output in outputs] == [i % 256 for i in range(1500)]
-    assert psutil.Process().num_fds() == descriptors
+    assert psutil.Process().num_fds() <= descriptors
 
 
 SCRIPT = """

@@ -112,11 +112,17 @@ def test_a_child_that_does_not_watch_is_killed_after_the_grace(tmp_path: pathlib
 
 
 def test_stop_leaves_no_descriptor_and_no_thread(tmp_path: pathlib.Path) -> None:
-    process = psutil.Process()
-    before = process.num_fds(), threading.active_count()
+    before = psutil.Process().num_fds()
     with running_child(tmp_path, "orderly") as child:
+        assert _waiting_threads()
         child.stop(BOUND_S)
-    assert (process.num_fds(), threading.active_count()) == before
+    assert psutil.Process().num_fds() <= before  # below, where something of an earlier test has been collected
+    assert not _waiting_threads()
+
+
+def _waiting_threads() -> list[str]:
+    """By name: threads of other tests may end at any time."""
+    return [thread.name for thread in threading.enumerate() if thread.name == "wait-the child"]
 
 
 def test_a_program_that_cannot_be_started_raises(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,14 +130,15 @@ def test_a_program_that_cannot_be_started_raises(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(FileNotFoundError):
         ChildProcess(MODULE, [], "the child")
-    assert psutil.Process().num_fds() == before
+    assert psutil.Process().num_fds() <= before
 
 
 def test_a_command_that_no_system_can_start_raises() -> None:
-    before = psutil.Process().num_fds(), threading.active_count()
+    before = psutil.Process().num_fds()
     with pytest.raises(ValueError, match="null byte"):
         ChildProcess(MODULE, ["mode", "a\0b"], "the child")
-    assert (psutil.Process().num_fds(), threading.active_count()) == before
+    assert psutil.Process().num_fds() <= before
+    assert not _waiting_threads()
 
 
 @pytest.mark.parametrize("mode", ["orderly", "stuck", "kernel"])
