@@ -1,9 +1,11 @@
-"""Everything that is measured on one GPU, in one call: the card's limits, then workloads W1 to W4b.
+"""Everything that is measured on one GPU, in one call: the card's limits, then all workloads.
 
-    python -m bench.make_model FOLDER && python -m bench.gpu --model FOLDER
+    python -m bench.make_model FOLDER --weights && python -m bench.gpu --model FOLDER
+    python -m bench.make_model TINY --tiny && python -m bench.gpu --model TINY --device cpu --quick
 
-The model's weights are random; prompts are random token ids; answers have exactly the length asked for. Every workload
-runs once to warm up (kernels are compiled and steps captured then), then `--repeats` times; medians are reported.
+The second line measures nothing: it shows on any machine that all of it runs. The model's weights are random, read from
+the folder if it has any; prompts are random token ids; answers have exactly the length asked for. Every workload runs
+once to warm up (kernels are compiled and steps captured then), then `--repeats` times; medians are reported.
 
 * W1: 256 requests, prompts and answers of 100 to 1,024 tokens (drawn as nano-vllm's benchmark does, seed 0),
   temperature 0.6: output tokens/s over the whole call.
@@ -11,22 +13,59 @@ runs once to warm up (kernels are compiled and steps captured then), then `--rep
 * W3: 32 and 256 requests, 128 + 256 tokens, greedy: ms per step after all have their first token.
 * W4: one prompt of 1,024, 4,096 and 16,384 tokens: ms until its first token.
 * W4b: 64 prompts of 1,024 tokens, one token each: prompt tokens/s.
+* prefix: the first token of a prompt of 4,096 tokens, and of one that shares all of them but the last 16: ms.
+* fp8: W1, W2 and W3 again with an FP8 KV cache, and what it does to the logits (`bench.kv_quality`).
+* server: streams over HTTP through `folovllm serve`, 512 + 128 tokens, 1, 32 and 256 at once: output tokens/s.
+* start: from `LLM(...)` to its first token, of the engine that the workloads above run on: s.
 """
 
 import argparse
 import functools
+import pathlib
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from bench.common import print_table, write_json
+from bench.server_streams import run_streams, started
 from bench.workload import random_prompts
 from folovllm import LLM, SamplingParams
+from folovllm.frontend.engine_options import EngineOptions
 
 W1, W2, W3, W4, W4B = "W1", "W2", "W3", "W4", "W4b"
+PREFIX, FP8, SERVER = "prefix", "fp8", "server"
+ALL = (W1, W2, W3, W4, W4B, PREFIX, FP8, SERVER)
 GIB = 2**30
+_EFFECT_SEQUENCES = 8
+
+Figures = dict[str, float]
+Workload = Callable[[LLM, int], Figures]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is run, in tokens unless said otherwise; `--quick` takes tiny ones."""
+
+    w1_requests: int = 256
+    w1_longest: int = 1024
+    decode_prompt: int = 128
+    w2_output: int = 512
+    w3_output: int = 256
+    w3_requests: tuple[int, ...] = (32, 256)
+    w4_prompts: tuple[int, ...] = (1024, 4096, 16384)
+    w4b_requests: int = 64
+    w4b_prompt: int = 1024
+    prefix: int = 4096
+    server_prompt: int = 512
+    server_output: int = 128
+    server_streams: tuple[int, ...] = (1, 32, 256)
+    max_model_len: int = 20000
+
+
+QUICK = Sizes(4, 120, 8, 4, 4, (2, 3), (32, 64), 2, 16, 64, 16, 4, (1, 2), 256)
 
 
 def card_limits() -> dict[str, Any]:
@@ -67,9 +106,8 @@ def device_seconds(run: Callable[[], object], repeats: int = 20) -> float:
     return statistics.median(seconds)
 
 
-def generate(llm: LLM, prompt_lens: list[int], output_lens: list[int], seed: int, temperature: float = 0.0) -> Any:
+def generate(llm: LLM, prompts: list[list[int]], output_lens: list[int], temperature: float = 0.0) -> tuple[float, Any]:
     """Seconds of one call, and its outputs; checks that each answer has its length."""
-    prompts = random_prompts(prompt_lens, seed)
     params = [SamplingParams(temperature=temperature, max_tokens=length, ignore_eos=True) for length in output_lens]
     start = time.perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=False)
@@ -79,18 +117,20 @@ def generate(llm: LLM, prompt_lens: list[int], output_lens: list[int], seed: int
     return seconds, outputs
 
 
-def w1(llm: LLM, seed: int) -> dict[str, float]:
+def w1(sizes: Sizes, llm: LLM, seed: int) -> Figures:
     """Output tokens/s of a mixed load; the lengths are the same in every repeat."""
     generator = random.Random(0)
-    prompt_lens = [generator.randint(100, 1024) for _ in range(256)]
-    output_lens = [generator.randint(100, 1024) for _ in range(256)]
-    seconds, _ = generate(llm, prompt_lens, output_lens, seed, temperature=0.6)
+    prompt_lens, output_lens = (
+        [generator.randint(100, sizes.w1_longest) for _ in range(sizes.w1_requests)] for _ in range(2)
+    )
+    seconds, _ = generate(llm, random_prompts(prompt_lens, seed), output_lens, temperature=0.6)
     return {"output tokens/s": sum(output_lens) / seconds}
 
 
-def decode(llm: LLM, num_requests: int, num_tokens: int, seed: int) -> dict[str, float]:
+def decode(prompt_len: int, num_requests: int, num_tokens: int, llm: LLM, seed: int) -> Figures:
     """ms per step once all requests decode: from the last first token to the last token."""
-    seconds, outputs = generate(llm, [128] * num_requests, [num_tokens] * num_requests, seed)
+    prompts = random_prompts([prompt_len] * num_requests, seed)
+    seconds, outputs = generate(llm, prompts, [num_tokens] * num_requests)
     first = max(output.metrics.time_to_first_token for output in outputs)
     return {
         "ms per step": (seconds - first) / (num_tokens - 1) * 1e3,
@@ -98,72 +138,154 @@ def decode(llm: LLM, num_requests: int, num_tokens: int, seed: int) -> dict[str,
     }
 
 
-def first_token(llm: LLM, prompt_len: int, seed: int) -> dict[str, float]:
+def first_token(prompt_len: int, llm: LLM, seed: int) -> Figures:
     """ms until the first token of one prompt, as its caller sees it."""
-    return {"ms": generate(llm, [prompt_len], [1], seed)[0] * 1e3}
+    return {"ms": generate(llm, random_prompts([prompt_len], seed), [1])[0] * 1e3}
 
 
-def prefill(llm: LLM, seed: int) -> dict[str, float]:
+def prefill(num_requests: int, prompt_len: int, llm: LLM, seed: int) -> Figures:
     """Prompt tokens/s of many prompts at once."""
-    return {"prompt tokens/s": 64 * 1024 / generate(llm, [1024] * 64, [1] * 64, seed)[0]}
+    prompts = random_prompts([prompt_len] * num_requests, seed)
+    return {"prompt tokens/s": num_requests * prompt_len / generate(llm, prompts, [1] * num_requests)[0]}
 
 
-def workloads(wanted: Iterable[str]) -> dict[str, Callable[[LLM, int], dict[str, float]]]:
-    """Name → one run of it with a seed."""
-    known: dict[str, Callable[[LLM, int], dict[str, float]]] = {
-        f"{W2} 1 request": lambda llm, seed: decode(llm, 1, 512, seed),
-        f"{W3} 32 requests": lambda llm, seed: decode(llm, 32, 256, seed),
-        f"{W3} 256 requests": lambda llm, seed: decode(llm, 256, 256, seed),
-        f"{W4} 1,024 tokens": lambda llm, seed: first_token(llm, 1024, seed),
-        f"{W4} 4,096 tokens": lambda llm, seed: first_token(llm, 4096, seed),
-        f"{W4} 16,384 tokens": lambda llm, seed: first_token(llm, 16384, seed),
-        f"{W4B} 64 x 1,024": prefill,
-        f"{W1} mixed": w1,
-    }
-    return {name: run for name, run in known.items() if name.split()[0] in wanted}
+def prefix(length: int, llm: LLM, seed: int) -> Figures:
+    """ms until the first token of a prompt, and of one that differs in its last 16 tokens alone."""
+    shared, own, other = random_prompts([length - 16, 16, 16], seed)
+    cold, _ = generate(llm, [shared + own], [1])
+    warm, outputs = generate(llm, [shared + other], [1])
+    if not outputs[0].num_cached_tokens:
+        raise RuntimeError("the prefix was not found")
+    return {"cold, ms": cold * 1e3, "hit, ms": warm * 1e3, "hit / cold": warm / cold}
 
 
-def measure(llm: LLM, run: Callable[[LLM, int], dict[str, float]], repeats: int) -> dict[str, Any]:
+def workloads(sizes: Sizes) -> dict[str, Workload]:
+    """Name → one run of it with a seed; a name's first word says what it belongs to."""
+    known: dict[str, Workload] = {f"{W2} 1 request": functools.partial(decode, sizes.decode_prompt, 1, sizes.w2_output)}
+    for count in sizes.w3_requests:
+        known[f"{W3} {count} requests"] = functools.partial(decode, sizes.decode_prompt, count, sizes.w3_output)
+    for length in sizes.w4_prompts:
+        known[f"{W4} {length:,} tokens"] = functools.partial(first_token, length)
+    known[f"{W4B} {sizes.w4b_requests} x {sizes.w4b_prompt:,}"] = functools.partial(
+        prefill, sizes.w4b_requests, sizes.w4b_prompt
+    )
+    known[f"{PREFIX} {sizes.prefix:,} tokens"] = functools.partial(prefix, sizes.prefix)
+    known[f"{W1} mixed"] = functools.partial(w1, sizes)
+    return known
+
+
+def measure(run: Callable[[int], Figures], repeats: int) -> dict[str, Any]:
     """Medians of `repeats` runs after one that warms up; each with prompts of its own, so that no prefix is found."""
-    cold = run(llm, 1000)
-    runs = [run(llm, seed) for seed in range(1, repeats + 1)]
+    cold = run(1000)
+    runs = [run(seed) for seed in range(1, repeats + 1)]
     medians = {key: statistics.median(each[key] for each in runs) for key in runs[0]}
     return {"median": medians, "first": cold, "runs": runs}
+
+
+class Bench:
+    """One call's options, and its results by name."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.folder = pathlib.Path(arguments.model)
+        self.sizes = QUICK if arguments.quick else Sizes()
+        self.repeats = 1 if arguments.quick else arguments.repeats
+        self.results: dict[str, dict[str, Any]] = {}
+        self._arguments = arguments
+
+    @property
+    def has_weights(self) -> bool:
+        return (self.folder / "model.safetensors").exists()
+
+    def options(self) -> EngineOptions:
+        """Of every engine."""
+        return {
+            "load_format": "auto" if self.has_weights else "dummy",
+            "device": self._arguments.device,
+            "dtype": "bfloat16",
+            "max_model_len": self.sizes.max_model_len,
+            "max_num_batched_tokens": self._arguments.max_num_batched_tokens,
+            "gpu_memory_utilization": 0.85 if self._arguments.device == "cuda" else 0.3,
+        }
+
+    def note(self, name: str, result: dict[str, Any]) -> None:
+        self.results[name] = result
+        print(name, {key: round(value, 3) for key, value in result["median"].items()}, flush=True)
+
+    def run(self, wanted: Mapping[str, Workload], label: str = "", *, fp8: bool = False) -> float:
+        """The workloads on one engine; gives the seconds from its start to its first token."""
+        options = self.options()
+        if fp8:
+            options["kv_cache_dtype"] = "fp8"
+        start = time.perf_counter()
+        with LLM(str(self.folder), **options) as llm:
+            generate(llm, random_prompts([16], 0), [1])
+            seconds = time.perf_counter() - start
+            for name, run in wanted.items():
+                self.note(f"{label}{name}", measure(functools.partial(run, llm), self.repeats))
+        return seconds
+
+    def serve(self) -> None:
+        """Streams through a server of its own, which has an engine of its own."""
+        given = [f"--{name.replace('_', '-')}={value}" for name, value in self.options().items()]
+        size = self.sizes
+        with started("serve", str(self.folder), "--port", "0", "--no-access-log", *given) as ready:
+            port = int(ready.split("/v1")[0].rsplit(":", 1)[1])
+
+            def streams(count: int, seed: int) -> Figures:
+                prompts = random_prompts([size.server_prompt] * count, seed)
+                seconds, _ = run_streams(port, prompts, size.server_output)
+                return {"output tokens/s": count * size.server_output / seconds}
+
+            for count in size.server_streams:
+                self.note(f"{SERVER} {count} streams", measure(functools.partial(streams, count), self.repeats))
+
+    def fp8_effect(self) -> None:
+        """What FP8 does to the logits, in this process: the engines are not running."""
+        import torch
+
+        from bench.kv_quality import SAMPLE_TOKENS, effect_on_logits, load
+        from folovllm.worker_proc.device import choose_device, place
+
+        placement = place(choose_device(self._arguments.device), torch.bfloat16)
+        count, length = (1, 32) if self._arguments.quick else (_EFFECT_SEQUENCES, SAMPLE_TOKENS)
+        sequences = torch.tensor(random_prompts([length] * count, 7))
+        model, config = load(self.folder, placement, dummy=not self.has_weights)
+        figures = effect_on_logits(model, config, placement, sequences)
+        self.note(f"{FP8} effect on logits", {"median": figures, "first": figures})
+        del model
+        torch.cuda.empty_cache()
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--model", required=True, help="folder with Qwen3-0.6B's config.json, see bench.make_model")
-    options.add_argument("--workloads", nargs="+", default=[W1, W2, W3, W4, W4B], choices=[W1, W2, W3, W4, W4B])
+    options.add_argument("--workloads", nargs="+", default=ALL, choices=ALL)
     options.add_argument("--repeats", type=int, default=3)
     options.add_argument("--max-num-batched-tokens", type=int, default=16384)
+    options.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    options.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, measures nothing")
     arguments = options.parse_args()
-    limits = card_limits()
+    limits = card_limits() if arguments.device == "cuda" else {"card": "none, this is a CPU"}
     print(", ".join(f"{key} {value if isinstance(value, str) else round(value, 2)}" for key, value in limits.items()))
-    start = time.perf_counter()
-    results: dict[str, Any] = {}
-    with LLM(
-        arguments.model,
-        load_format="dummy",
-        device="cuda",
-        dtype="bfloat16",
-        max_model_len=20000,
-        max_num_batched_tokens=arguments.max_num_batched_tokens,
-        gpu_memory_utilization=0.85,
-    ) as llm:
-        generate(llm, [16], [1], 0)
-        started = time.perf_counter() - start
-        for name, run in workloads(arguments.workloads).items():
-            results[name] = measure(llm, run, arguments.repeats)
-            print(name, {key: round(value, 3) for key, value in results[name]["median"].items()}, flush=True)
-    print(f"start to first token {started:.1f} s")
+    bench, asked = Bench(arguments), arguments.workloads
+    known = workloads(bench.sizes)
+    started_s = bench.run({name: run for name, run in known.items() if name.split()[0] in asked})
+    print(f"start to first token {started_s:.1f} s")
+    if FP8 in asked:
+        bench.run({name: run for name, run in known.items() if name.split()[0] in (W1, W2, W3)}, f"{FP8} ", fp8=True)
+        bench.fp8_effect()
+    if SERVER in asked:
+        bench.serve()
     rows = [
         [name, figure, round(value, 3), round(result["first"][figure], 3)]
-        for name, result in results.items()
+        for name, result in bench.results.items()
         for figure, value in result["median"].items()
     ]
-    print_table(["workload", "figure", "median", "first run"], rows)
-    write_json("gpu", {"options": vars(arguments), "limits": limits, "start_s": started, "workloads": results})
+    print_table(["workload", "figure", "median", "first run"], [*rows, ["start", "s", round(started_s, 1), ""]])
+    write_json(
+        "gpu" + ("-quick" if arguments.quick else ""),
+        {"options": vars(arguments), "limits": limits, "start_s": started_s, "workloads": bench.results},
+    )
 
 
 if __name__ == "__main__":

@@ -270,6 +270,19 @@ def mutated_bodies(result: dict[str, Any]) -> str:
     return table(["what", "figure"], rows)
 
 
+def kv_quality(content: dict[str, Any]) -> str:
+    result, size = content["result"], content["options"]
+    figures = result["figures"]
+    rows = [
+        ["error of the logits, of their norm", f"{figures['relative error of logits']:.1%}"],
+        ["same greedy token", f"{figures['same greedy token']:.1%}"],
+        ["KL of the next token's distribution", f"{figures['KL, nats']:.4f} nats"],
+        ["perplexity", f"{figures['perplexity']:.3f} → {figures['perplexity, FP8']:.3f}"],
+    ]
+    head = f"{result['tokens']:,} tokens of {result['text']}, {size['model']} model, {size['dtype']}"
+    return f"{head}\n\n{table(['with an FP8 KV cache', 'measured'], rows)}"
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "m1": of_result(m1),
     "m2": of_result(m2),
@@ -288,6 +301,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "mutated_bodies": of_result(mutated_bodies),
     "server_streams": server_streams,
     "client_events": client_events,
+    "kv_quality": kv_quality,
 }
 
 
