@@ -67,6 +67,11 @@ class Int4TritonLinear:
         self._dependent = scratch.placement.dependent_launch
         scratch.make_room(weight)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the weight, with its scales and zeros."""
+        return self.weight.num_bytes
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in_features] → [T, out_features]."""
         if len(x) <= GEMV_ROWS:

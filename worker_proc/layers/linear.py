@@ -37,6 +37,7 @@ class LinearLayer(Protocol):
     Attributes:
         blocked: where the numbers of its weight lie, for kernels that compute whole steps; None if they cannot use it.
         bias: [out_features] or None.
+        num_bytes: of its weight, as it lies in memory.
     """
 
     @property
@@ -44,6 +45,9 @@ class LinearLayer(Protocol):
 
     @property
     def bias(self) -> torch.Tensor | None: ...
+
+    @property
+    def num_bytes(self) -> int: ...
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in_features] → [T, out_features]."""
@@ -126,6 +130,11 @@ class Linear:
         layer = cls(weight.shape[1], {}, placement)
         layer.weight = weight
         return layer
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the weight: a packed one does not tell, but has the same numbers and some padding."""
+        return self.weight.numel() * self.weight.element_size()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in_features] → [T, out_features]."""

@@ -19,6 +19,11 @@ class SideBySide:
         self.blocked: BlockedWeight | None = None
         self.bias: torch.Tensor | None = None
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all weights."""
+        return sum(layer.num_bytes for layer in self.layers)
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in_features] → [T, out_features]."""
         return torch.cat([layer(x) for layer in self.layers], 1)

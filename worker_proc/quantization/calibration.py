@@ -47,6 +47,10 @@ class _CalibrationLinear:
         self.blocked: BlockedWeight | None = None
         self.bias = dense.bias
 
+    @property
+    def num_bytes(self) -> int:
+        return self._dense.num_bytes
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self._maker.rounding is not None and not self._rounded:
             self._rounded = True

@@ -235,6 +235,11 @@ class GPTQLinear:
         """See `layers.linear.LinearLayer`."""
         return self.layer.bias
 
+    @property
+    def num_bytes(self) -> int:
+        """See `layers.linear.LinearLayer`."""
+        return self.layer.num_bytes
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in_features] → [T, out_features]."""
         return self.layer(x)

@@ -49,6 +49,7 @@ def test_products_of_every_format(placement: Placement, group_size: int, sym: bo
     inputs, plain = weight.numbers.shape[0], weight.dequantize(torch.float64)
     bias = drawn(40, placement=placement)
     layer = made(weight, placement, bias)
+    assert layer.num_bytes == layer.weight.num_bytes
     assert layer.blocked is None and list(layer.checkpoint_tensors("a.")) == []
     for rows in ROWS:
         x = drawn(rows, inputs, placement=placement)

@@ -16,6 +16,7 @@ def test_layers_side_by_side_are_as_one() -> None:
     for place in (norm.weight, *places.values()):
         place.normal_()
     both.pack()
+    assert both.num_bytes == 4 * 8 * 6
     hidden = torch.randn(3, 6)
     weight = torch.cat([places[f"mlp.{name}.weight"] for name in ("gate", "more", "up")])
     bias = torch.cat([torch.zeros(5), places["mlp.up.bias"]])
