@@ -158,18 +158,18 @@ class AsyncLLM:
         name = str(self._next_id) if request_id is None else request_id
         self._next_id += 1
         request = self._open.inputs.process(prompt, sampling_params, request_id=name, priority=priority)
-        news = asyncio.Event()
+        news = News(loop)
         state = self._send(loop, request, news)
         try:
             while True:
-                news.clear()
+                await news.take()
                 output = state.take_delta()
                 if output is not None:
                     yield output
-                if state.finished and (output is None or output.finished):
+                    if output.finished:
+                        return
+                elif state.finished:
                     return
-                if output is None:
-                    await news.wait()
         finally:
             self._states.remove(state)
             self._abort(loop, self._open.outputs.forget(state))
@@ -224,10 +224,10 @@ class AsyncLLM:
             for descriptor in self._open.client.descriptors:
                 loop.remove_reader(descriptor)
 
-    def _send(self, loop: asyncio.AbstractEventLoop, request: Request, news: asyncio.Event) -> RequestState:
+    def _send(self, loop: asyncio.AbstractEventLoop, request: Request, news: "News") -> RequestState:
         outputs, client = self._open.outputs, self._open.client
         number = client.allocate(request.params.n, outputs.live)
-        state = outputs.add(request, number, stream=True, now=time.monotonic(), on_news=news.set)
+        state = outputs.add(request, number, stream=True, now=time.monotonic(), on_news=news.tell)
         self._states.append(state)
         try:
             if not state.finished:
@@ -285,3 +285,26 @@ class AsyncLLM:
         for future in self._questions.values():
             if not future.done():
                 future.set_exception(self._failure)
+
+
+class News:
+    """Whether a request has something to take, for the one who takes it. A future is made only where he has to wait."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._is_there = True  # a request may be finished from the beginning
+        self._waiter: asyncio.Future[None] | None = None
+
+    def tell(self) -> None:
+        """There is something new."""
+        self._is_there = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def take(self) -> None:
+        """Waits until there is something new; from then on, only what comes later is new."""
+        if not self._is_there:
+            self._waiter = self._loop.create_future()
+            await self._waiter
+            self._waiter = None
+        self._is_there = False

@@ -184,7 +184,7 @@ class RequestState:
     @property
     def finished(self) -> bool:
         """All answers have ended, or the request has failed."""
-        return self.error is not None or all(answer.finish_reason is not None for answer in self.answers)
+        return self.error is not None or None not in [answer.finish_reason for answer in self.answers]
 
     def news(self) -> None:
         """Tells whoever waits that there is something to take."""

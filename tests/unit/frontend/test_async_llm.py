@@ -12,7 +12,7 @@ from folovllm.common.errors import EngineDeadError, RequestError, RequestFailedE
 from folovllm.common.messages.frontend_core import EngineCoreOutputs
 from folovllm.common.sampling_params import SamplingParams
 from folovllm.common.transport import encode
-from folovllm.frontend.async_llm import AsyncLLM
+from folovllm.frontend.async_llm import AsyncLLM, News
 from tests.fakes.fake_core_for_frontend import FakeCore
 from tests.fakes.model_folder import IM_END
 
@@ -302,3 +302,24 @@ def test_a_request_that_cannot_be_sent_leaves_nothing(core: FakeCore, monkeypatc
         assert await text_of(llm, "ab", tokens(2)) == "ba"
 
     run(core, scenario)
+
+
+def test_news_are_there_at_first_then_waited_for_and_told_twice_count_once() -> None:
+    async def scenario() -> None:
+        news = News(asyncio.get_running_loop())
+        await asyncio.wait_for(news.take(), _TIMEOUT_S)
+        waiting = asyncio.ensure_future(news.take())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        news.tell()
+        news.tell()
+        await asyncio.wait_for(waiting, _TIMEOUT_S)
+        again = asyncio.ensure_future(news.take())
+        await asyncio.sleep(0)
+        assert not again.done()
+        again.cancel()
+        await asyncio.gather(again, return_exceptions=True)
+        news.tell()  # nobody waits any more
+        await asyncio.wait_for(news.take(), _TIMEOUT_S)
+
+    asyncio.run(scenario())
