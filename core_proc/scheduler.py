@@ -587,7 +587,7 @@ class Scheduler:
         self._first_tokens(slots[num_output == 1], now_s)
         stops = table.stops(slots, token_ids, num_output)
         ends = stops | (table.num_confirmed[slots] >= table.limit[slots])
-        for row in np.flatnonzero(ends).tolist():
+        for row in ends.nonzero()[0].tolist():
             request = table.request(int(slots[row]))
             if stops[row]:
                 request.stop_token_id = int(token_ids[row])

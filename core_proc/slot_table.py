@@ -51,6 +51,7 @@ class SlotTable:
         self.number = np.zeros(num_slots, np.int32)
         self._stop_ids = np.full((num_slots, STOP_COLUMNS), _NO_TOKEN, np.int32)
         self._long_stop_sets: dict[int, frozenset[int]] = {}
+        self._num_grammars = 0  # slots with one; where there is none, a step need not look for them
         self._outputs = np.zeros((num_slots, _FIRST_WIDTH), np.int32)
         self._free = list(range(num_slots))
 
@@ -82,6 +83,7 @@ class SlotTable:
         self.min_tokens[slot] = request.sampling.min_tokens
         self.stream[slot] = request.stream
         self.has_grammar[slot] = request.grammar is not None
+        self._num_grammars += request.grammar is not None
         self.has_mask[slot] = request.has_mask
         self.client[slot] = request.client
         self.number[slot] = request.number
@@ -99,6 +101,7 @@ class SlotTable:
         request.slot = None
         self.requests[slot] = None
         self.used[slot] = False
+        self._num_grammars -= bool(self.has_grammar[slot])
         self.has_grammar[slot] = False
         self.has_mask[slot] = True
         self.epoch[slot] += 1
@@ -127,6 +130,8 @@ class SlotTable:
 
     def advance_grammars(self, slots: Slots, token_ids: Tokens) -> None:
         """Confirmed tokens move the grammars of their slots on; slots without one are passed over."""
+        if not self._num_grammars:
+            return
         rows = np.flatnonzero(self.has_grammar[slots])
         for slot, token_id in zip(slots[rows].tolist(), token_ids[rows].tolist(), strict=True):
             request = self.request(slot)
@@ -136,11 +141,15 @@ class SlotTable:
 
     def take_masks(self) -> None:
         """Looks which of the missing masks have come."""
+        if not self._num_grammars:
+            return
         for slot in np.flatnonzero(~self.has_mask[: self.end]).tolist():
             self.has_mask[slot] = self.request(slot).has_mask
 
     def masks(self, slots: Slots) -> tuple[Slots, bytes]:
         """Of slots that sample: those with a grammar, and their masks, one after another."""
+        if not self._num_grammars:
+            return slots[:0], b""
         masked = slots[self.has_grammar[slots]]
         grammars = [self.request(slot).grammar for slot in masked.tolist()]
         return masked, b"".join(grammar.mask or b"" for grammar in grammars if grammar is not None)
@@ -149,7 +158,8 @@ class SlotTable:
         """Slots that may go on but whose blocks are full."""
         end = self.end
         full = self.num_computed[:end] >= self.capacity[:end]
-        return np.flatnonzero(full & self._may_go_on())
+        found: Slots = (full & self._may_go_on()).nonzero()[0]
+        return found
 
     def ready(self) -> tuple[Slots, Slots]:
         """Slots that may go on and have room: those with one token to compute, and those with more."""
@@ -157,7 +167,7 @@ class SlotTable:
         ready = self._may_go_on()
         ready &= self.num_computed[:end] < self.capacity[:end]
         single = self.num_known[:end] - self.num_computed[:end] == 1
-        return np.flatnonzero(ready & single), np.flatnonzero(ready & ~single)
+        return (ready & single).nonzero()[0], (ready & ~single).nonzero()[0]
 
     def num_partial(self) -> int:
         """Slots with more than one token to compute."""
@@ -203,7 +213,7 @@ class SlotTable:
         """A slot with a grammar waits until its last token is confirmed and the mask for the next one is filled."""
         end = self.end
         may_go_on: Mask = self.used[:end] & (self.num_known[:end] < self.limit[:end])
-        if self.has_grammar[:end].any():
+        if self._num_grammars:
             may_go_on &= self.has_mask[:end] & (
                 ~self.has_grammar[:end] | (self.num_known[:end] == self.num_confirmed[:end])
             )
