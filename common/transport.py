@@ -19,8 +19,6 @@ from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 import msgspec
 import zmq
-import zmq.auth
-from zmq.auth.thread import ThreadAuthenticator
 
 from folovllm.common.config import cache_dir
 from folovllm.common.errors import ConfigError, ProtocolError
@@ -120,6 +118,8 @@ class Authenticator:
     """Lets only the key file's client through the CURVE sockets of one context. `close()` ends its thread."""
 
     def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", client_public: str) -> None:
+        from zmq.auth.thread import ThreadAuthenticator  # loads asyncio: 20 ms that a start over ipc need not take
+
         self._thread = ThreadAuthenticator(context)
         self._thread.start()
         self._thread.configure_curve_callback("*", credentials_provider=_OneClient(client_public))

@@ -34,13 +34,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
 from folovllm.common.config import cache_dir
 from folovllm.common.errors import ModelError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # numpy too: all but the first start only look whether the folder is there
+    import numpy as np
+    import numpy.typing as npt
     import tokenizers
     from gguf import GGUFReader
 
@@ -319,15 +318,17 @@ def hf_tensor_name(gguf_name: str) -> tuple[str, str]:
     return f"model.layers.{match[1]}.{_LAYER_TENSOR_NAMES[match[2]]}.weight", match[2]
 
 
-def unpermute_rotary_rows(weight: npt.NDArray[np.float32], num_heads: int) -> npt.NDArray[np.float32]:
+def unpermute_rotary_rows(weight: "npt.NDArray[np.float32]", num_heads: int) -> "npt.NDArray[np.float32]":
     """[heads * head_dim, in] with rotary pairs as neighbouring rows → a head's two halves one after the other."""
     rows, columns = weight.shape
     pairs = weight.reshape(num_heads, rows // num_heads // 2, 2, columns)
     return pairs.swapaxes(1, 2).reshape(rows, columns)
 
 
-def to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+def to_bfloat16(values: "npt.NDArray[np.float32]") -> "npt.NDArray[np.uint16]":
     """Rounds to nearest, ties to even; returns the upper 16 bits of each fp32 number. Values must be finite."""
+    import numpy as np
+
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     odd = (bits >> np.uint32(16)) & np.uint32(1)
     return ((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype(np.uint16)

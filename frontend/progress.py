@@ -3,10 +3,21 @@
 import time
 from collections.abc import Callable
 from types import TracebackType
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, NoReturn
 
 from folovllm.frontend.outputs import RequestOutput
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+
+def _bar(total: int | None, *, shown: bool, unit: str, desc: str | None = None) -> "tqdm[NoReturn] | None":
+    """tqdm's bar, None if it is not to be shown: the import's 25 ms would be most of what it costs."""
+    if not shown:
+        return None
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=desc, unit=unit, dynamic_ncols=True)
 
 
 class Progress:
@@ -17,7 +28,7 @@ class Progress:
         self._start = clock()
         self._tokens_in = 0
         self._tokens_out = 0
-        self._bar = tqdm(total=total, desc="Prompts", unit="prompt", dynamic_ncols=True, disable=not shown)
+        self._bar = _bar(total, shown=shown, unit="prompt", desc="Prompts")
 
     def __enter__(self) -> "Progress":
         return self
@@ -25,15 +36,16 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def update(self, output: RequestOutput) -> None:
         """Counts a finished request."""
         self._tokens_in += len(output.prompt_token_ids)
         self._tokens_out += sum(len(answer.token_ids) for answer in output.outputs)
-        if not self._bar.disable:
+        if self._bar is not None:
             self._bar.set_postfix_str(self.rates(), refresh=False)
-        self._bar.update(1)
+            self._bar.update(1)
 
     def rates(self) -> str:
         seconds = max(self._clock() - self._start, 1e-6)
@@ -49,7 +61,7 @@ class Bar:
         shown: False draws nothing.
         unit: what is counted.
         """
-        self._bar = tqdm(total=total, unit=unit, dynamic_ncols=True, disable=not shown)
+        self._bar = _bar(total, shown=shown, unit=unit)
 
     def __enter__(self) -> "Bar":
         return self
@@ -57,8 +69,10 @@ class Bar:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def advance(self) -> None:
         """One more."""
-        self._bar.update(1)
+        if self._bar is not None:
+            self._bar.update(1)
