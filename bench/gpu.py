@@ -15,6 +15,7 @@ once to warm up (kernels are compiled and steps captured then), then `--repeats`
 * W4b: 64 prompts of 1,024 tokens, one token each: prompt tokens/s.
 * prefix: the first token of a prompt of 4,096 tokens, and of one that shares all of them but the last 16: ms.
 * fp8: W1, W2 and W3 again with an FP8 KV cache, and what it does to the logits (`bench.kv_quality`).
+* flash_attn: W1, W2, W3 and W4 with the package flash-attn in place of Triton's kernels, where it is installed.
 * server: streams over HTTP through `folovllm serve`, 512 + 128 tokens, 1, 32 and 256 at once: output tokens/s.
 * start: from `LLM(...)` to its first token, of the engine that the workloads above run on: s.
 """
@@ -25,7 +26,7 @@ import pathlib
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,10 +37,11 @@ from folovllm import LLM, SamplingParams
 from folovllm.frontend.engine_options import EngineOptions
 
 W1, W2, W3, W4, W4B = "W1", "W2", "W3", "W4", "W4b"
-PREFIX, FP8, SERVER = "prefix", "fp8", "server"
-ALL = (W1, W2, W3, W4, W4B, PREFIX, FP8, SERVER)
+PREFIX, FP8, FLASH, SERVER = "prefix", "fp8", "flash_attn", "server"
+ALL = (W1, W2, W3, W4, W4B, PREFIX, FP8, FLASH, SERVER)
 GIB = 2**30
 _EFFECT_SEQUENCES = 8
+_FLASH_BLOCK_SIZE = 256  # that FlashAttention 2 can read
 
 Figures = dict[str, float]
 Workload = Callable[[LLM, int], Figures]
@@ -159,7 +161,7 @@ def prefix(length: int, llm: LLM, seed: int) -> Figures:
     return {"cold, ms": cold * 1e3, "hit, ms": warm * 1e3, "hit / cold": warm / cold}
 
 
-def workloads(sizes: Sizes) -> dict[str, Workload]:
+def workloads(sizes: Sizes, wanted: Sequence[str] = ALL) -> dict[str, Workload]:
     """Name → one run of it with a seed; a name's first word says what it belongs to."""
     known: dict[str, Workload] = {f"{W2} 1 request": functools.partial(decode, sizes.decode_prompt, 1, sizes.w2_output)}
     for count in sizes.w3_requests:
@@ -171,7 +173,7 @@ def workloads(sizes: Sizes) -> dict[str, Workload]:
     )
     known[f"{PREFIX} {sizes.prefix:,} tokens"] = functools.partial(prefix, sizes.prefix)
     known[f"{W1} mixed"] = functools.partial(w1, sizes)
-    return known
+    return {name: run for name, run in known.items() if name.split()[0] in wanted}
 
 
 def measure(run: Callable[[int], Figures], repeats: int) -> dict[str, Any]:
@@ -211,11 +213,9 @@ class Bench:
         self.results[name] = result
         print(name, {key: round(value, 3) for key, value in result["median"].items()}, flush=True)
 
-    def run(self, wanted: Mapping[str, Workload], label: str = "", *, fp8: bool = False) -> float:
+    def run(self, wanted: Mapping[str, Workload], label: str = "", changed: EngineOptions | None = None) -> float:
         """The workloads on one engine; gives the seconds from its start to its first token."""
-        options = self.options()
-        if fp8:
-            options["kv_cache_dtype"] = "fp8"
+        options = self.options() | (changed or {})
         start = time.perf_counter()
         with LLM(str(self.folder), **options) as llm:
             generate(llm, random_prompts([16], 0), [1])
@@ -223,6 +223,21 @@ class Bench:
             for name, run in wanted.items():
                 self.note(f"{label}{name}", measure(functools.partial(run, llm), self.repeats))
         return seconds
+
+    def run_flash_attn(self, wanted: Mapping[str, Workload]) -> None:
+        """The workloads with the other backend, if it can serve here."""
+        import torch
+
+        from folovllm.common.model_config import read_model_config
+        from folovllm.worker_proc.attention.flash_attn import what_is_missing
+        from folovllm.worker_proc.device import choose_device, place
+
+        placement = place(choose_device(self._arguments.device), torch.bfloat16)
+        _, missing = what_is_missing(placement, _FLASH_BLOCK_SIZE, read_model_config(self.folder).head_dim)
+        if missing:
+            print(f"{FLASH}: not run, it needs {', and '.join(missing)}")
+        else:
+            self.run(wanted, f"{FLASH} ", {"attention_backend": "flash_attn", "block_size": _FLASH_BLOCK_SIZE})
 
     def serve(self) -> None:
         """Streams through a server of its own, which has an engine of its own."""
@@ -268,12 +283,13 @@ def main() -> None:
     limits = card_limits() if arguments.device == "cuda" else {"card": "none, this is a CPU"}
     print(", ".join(f"{key} {value if isinstance(value, str) else round(value, 2)}" for key, value in limits.items()))
     bench, asked = Bench(arguments), arguments.workloads
-    known = workloads(bench.sizes)
-    started_s = bench.run({name: run for name, run in known.items() if name.split()[0] in asked})
+    started_s = bench.run(workloads(bench.sizes, asked))
     print(f"start to first token {started_s:.1f} s")
     if FP8 in asked:
-        bench.run({name: run for name, run in known.items() if name.split()[0] in (W1, W2, W3)}, f"{FP8} ", fp8=True)
+        bench.run(workloads(bench.sizes, [W1, W2, W3]), f"{FP8} ", {"kv_cache_dtype": "fp8"})
         bench.fp8_effect()
+    if FLASH in asked:
+        bench.run_flash_attn(workloads(bench.sizes, [W1, W2, W3, W4]))
     if SERVER in asked:
         bench.serve()
     rows = [

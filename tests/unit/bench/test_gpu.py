@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import json
 import pathlib
 from types import SimpleNamespace
 from typing import Any, cast
@@ -58,7 +59,7 @@ def test_the_workloads_are_those_of_the_table() -> None:
         "prefix 4,096 tokens",
         "W1 mixed",
     ]
-    assert {name.split()[0] for name in found} | {gpu.FP8, gpu.SERVER} == set(gpu.ALL)
+    assert {name.split()[0] for name in found} | {gpu.FP8, gpu.FLASH, gpu.SERVER} == set(gpu.ALL)
     assert found["W2 1 request"][0].calls == [([128], [512], 0.0)]
     assert found["W3 256 requests"][0].calls == [([128] * 256, [256] * 256, 0.0)]
     assert found["W4 16,384 tokens"][0].calls == [([16384], [1], 0.0)]
@@ -112,10 +113,21 @@ def test_fp8_is_asked_for_by_name(tmp_path: pathlib.Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(gpu, "LLM", Opened)
     given = argparse.Namespace(model=str(tmp_path), quick=True, repeats=3, device="cpu", max_num_batched_tokens=512)
     bench = gpu.Bench(given)
-    bench.run({"W2": functools.partial(gpu.first_token, 8)}, "fp8 ", fp8=True)
+    bench.run({"W2": functools.partial(gpu.first_token, 8)}, "fp8 ", {"kv_cache_dtype": "fp8"})
     bench.run({"W2": functools.partial(gpu.first_token, 8)})
     assert [options.get("kv_cache_dtype") for options in asked] == ["fp8", None]
     assert list(bench.results) == ["fp8 W2", "W2"]
+
+
+def test_flash_attn_is_left_out_where_it_cannot_serve(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    given = argparse.Namespace(model=str(tmp_path), quick=True, repeats=3, device="cpu", max_num_batched_tokens=512)
+    bench = gpu.Bench(given)
+    bench.run_flash_attn(gpu.workloads(gpu.QUICK, [gpu.W1]))
+    assert bench.results == {} and "flash_attn: not run, it needs a CUDA device" in capsys.readouterr().out
+    assert list(gpu.workloads(gpu.QUICK, [gpu.W1])) == ["W1 mixed"]
 
 
 def test_the_made_up_tokenizer_has_a_word_for_every_token(tmp_path: pathlib.Path) -> None:

@@ -19,6 +19,7 @@ from folovllm.worker_proc.step_arrays import StepLimits
 from tests.fakes import tiny_models
 from tests.fakes.attention import PagedRequest, build_metadata, model_config
 from tests.fakes.runner_driver import CPU_FLOAT32, Driver, load_model
+from tests.fakes.triton_device import triton_device
 
 FP8 = dataclasses.replace(CPU_FLOAT32, fp8_cache=True)
 LIMITS = StepLimits(
@@ -157,3 +158,24 @@ def test_requests_together_answer_as_alone(driver: Driver) -> None:
     while len(requests[-1].output) < 10:
         driver.step({slot: request.num_known - request.num_computed for slot, request in driver.requests.items()})
     assert [request.output for request in requests] == alone
+
+
+def test_tritons_kernels_answer_as_the_reference(loaded: Loaded) -> None:
+    """Prompts in chunks, beside decodes; on the GPU, or in Triton's interpreter."""
+    device = triton_device()
+    if device.type != "cpu":
+        pytest.skip("the model of these tests is on the CPU; tests/gpu has the same for a GPU")
+    from folovllm.worker_proc.attention.triton_paged import HeadCounts, TritonPagedBackend
+
+    config = loaded.config
+    heads = HeadCounts(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    found = []
+    for backend in (TorchNaiveBackend(), TritonPagedBackend(heads, FP8)):
+        kv = KVTensors(config, LIMITS.num_blocks, LIMITS.block_size, FP8, loaded.scales)
+        driver = Driver(ModelRunner(loaded.model, backend, kv, RequestStates(LIMITS, FP8.device)), LIMITS)
+        first, second = driver.join(0, PROMPTS[0]), driver.join(1, PROMPTS[1])
+        for counts in ({0: 5, 1: 9}, {0: 1, 1: 12}, {0: 1, 1: 1}, {0: 1, 1: 1}):
+            driver.step(counts)
+        found.append((first.output, second.output, kv.data.float()))
+    assert found[0][:2] == found[1][:2] and len(found[0][0]) == 4
+    assert (found[0][2] != found[1][2]).float().mean() < 1e-3, "stored alike, but for sums that round to another number"
