@@ -214,6 +214,23 @@ def of_result(section: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, A
     return lambda content: section(content["result"])
 
 
+def engine_overhead(result: dict[str, Any]) -> str:
+    size, goals = result["options"], result["goals_percent"]
+    rows = [
+        [
+            point["batch"],
+            f"{point['bare_ms']:.2f}",
+            f"{point['engine_ms']:.2f}",
+            f"{point['overhead_percent']:+.1f} %",
+            f"{goals[batch]:.0f} %" if (batch := str(point["batch"])) in goals else "",
+        ]
+        for point in result["points"]
+    ]
+    head = f"{size['prompt_len']} + {size['output_len']} tokens each, {size['model']} model, {size['dtype']}"
+    names = ["requests", "bare step, ms", "step of LLM.generate, ms", "overhead", "goal"]
+    return f"{head}\n\n{table(names, rows)}"
+
+
 def server_overhead(result: dict[str, Any]) -> str:
     rows = [
         [what, name.replace("_", " "), f"{value:,.1f}"]
@@ -294,6 +311,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "cpu_decode": of_result(cpu_decode),
     "core_step": core_step,
     "grammar": grammar,
+    "engine_overhead": engine_overhead,
     "server_overhead": server_overhead,
     "compare_cpu": compare_cpu,
     "compare_cpu_qwen3": compare_cpu,
