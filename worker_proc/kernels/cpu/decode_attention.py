@@ -27,7 +27,7 @@ import torch
 from llvmlite import ir
 
 from folovllm.worker_proc.kernels.cpu.code_cache import CodeCache
-from folovllm.worker_proc.kernels.cpu.llvm import F32, I64, Compiled, Kernel, Sums
+from folovllm.worker_proc.kernels.cpu.llvm import COUNTER_LINE, F32, I64, Compiled, Kernel, Sums, counters
 from folovllm.worker_proc.kernels.cpu.team import Team
 
 _LANES: Final = 16  # scores of so many tokens are one vector
@@ -47,14 +47,16 @@ _PART_TOKENS: Final = 256
     _TABLE_WIDTH,
     _PARTS,
     _QUERY_STRIDE,
-    _RANGES,
+    _DRAWN,  # a counter for each thread, see `Kernel.drawn`
     _SCRATCH,
     _SCRATCH_BYTES,
     _JOINED,
     _COUNTERS,
     _THREAD_NUM,
-) = range(14)
-_NUM_ARGUMENTS: Final = 14
+    _NUM_THREADS,
+    _TOTAL_PARTS,
+) = range(16)
+_NUM_ARGUMENTS: Final = 16
 
 # A part of one request's and head's context: int64 numbers.
 (
@@ -129,7 +131,7 @@ class DecodePlan:
         self._shape, self._team, self._code = shape, team, code  # code goes when nobody holds it
         self._table = block_table
         self._parts = cut_into_parts(shape, np.array(seq_lens, np.int64))
-        self._ranges = _divide(self._parts[:, _END] - self._parts[:, _BEGIN], team.num_threads)
+        self._drawn = counters(team.num_threads)
         per_thread = shape.group * (max(_PART_TOKENS, shape.block_size) + 2 * shape.head_dim)
         self._scratch = torch.empty(team.num_threads, per_thread, dtype=torch.float32)
         num_joined = int(self._parts[-1, _FIRST_PLACE] + self._parts[-1, _NUM_PARTS])
@@ -138,10 +140,11 @@ class DecodePlan:
         arguments = np.zeros(_NUM_ARGUMENTS, np.int64)
         arguments[_HEAD_BYTES] = cache.stride(1) * _ELEMENT_BYTES
         arguments[_TABLE], arguments[_TABLE_WIDTH] = block_table.data_ptr(), block_table.stride(0)
-        arguments[_PARTS], arguments[_RANGES] = self._parts.ctypes.data, self._ranges.ctypes.data
+        arguments[_PARTS], arguments[_TOTAL_PARTS] = self._parts.ctypes.data, len(self._parts)
+        arguments[_DRAWN] = self._drawn.ctypes.data
         arguments[_SCRATCH], arguments[_SCRATCH_BYTES] = self._scratch.data_ptr(), per_thread * _FLOAT_BYTES
         arguments[_JOINED], arguments[_COUNTERS] = self._joined.data_ptr(), self._counters.ctypes.data
-        arguments[_THREAD_NUM] = team.thread_num_address
+        arguments[_THREAD_NUM], arguments[_NUM_THREADS] = team.thread_num_address, team.num_threads
         self._arguments = arguments
         self._address = arguments.ctypes.data
 
@@ -155,6 +158,7 @@ class DecodePlan:
         arguments = self._arguments
         arguments[_QUERY], arguments[_QUERY_STRIDE] = query.data_ptr(), query.stride(0)
         arguments[_OUTPUT], arguments[_CACHE] = output.data_ptr(), cache.data_ptr()
+        self._drawn.fill(0)
         self._team.run(self._code.address, self._address)
         return output
 
@@ -168,6 +172,9 @@ class DecodePlan:
         shape = self._shape
         arguments[:, _QUERY], arguments[:, _OUTPUT], arguments[:, _CACHE] = query, output, caches
         arguments[:, _QUERY_STRIDE] = shape.num_kv_heads * shape.group * shape.head_dim
+        threads = self._team.num_threads
+        self._drawn = counters(len(caches) * threads)
+        arguments[:, _DRAWN] = self._drawn.ctypes.data + np.arange(len(caches)) * (threads * COUNTER_LINE)
         return self._code.address, arguments
 
 
@@ -192,21 +199,12 @@ def cut_into_parts(shape: HeadShape, lengths: npt.NDArray[np.int64]) -> npt.NDAr
     return parts
 
 
-def _divide(num_tokens: npt.NDArray[np.int64], num_threads: int) -> npt.NDArray[np.int64]:
-    """Borders of each thread's parts in order, about as many tokens in each: a part goes where its middle lies."""
-    middles = np.cumsum(num_tokens) - num_tokens / 2
-    borders = np.searchsorted(middles, num_tokens.sum() * np.arange(1, num_threads) / num_threads)
-    return np.concatenate([[0], borders, [len(num_tokens)]]).astype(np.int64)
-
-
 def _build(shape: HeadShape) -> Kernel:
     kernel = Kernel("decode_attention")
     thread = kernel.call_int(kernel.argument(_THREAD_NUM))
-    ranges = kernel.argument(_RANGES)
-    first = kernel.load(ranges, thread, I64)
-    last = kernel.load(ranges, kernel.sum(thread, kernel.integer(1)), I64)
     scratch = kernel.sum(kernel.argument(_SCRATCH), kernel.product(thread, kernel.argument(_SCRATCH_BYTES)))
-    with kernel.loop(first, last) as part:
+    team = thread, kernel.argument(_NUM_THREADS)
+    with kernel.drawn(kernel.argument(_TOTAL_PARTS), kernel.argument(_DRAWN), team) as part:
         _Part(kernel, shape, part, scratch).emit()
     return kernel
 

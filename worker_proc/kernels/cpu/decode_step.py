@@ -34,7 +34,7 @@ from folovllm.worker_proc.kernels.cpu.gemv import (
     products_of,
     widen_row,
 )
-from folovllm.worker_proc.kernels.cpu.llvm import F32, I64, Inner, Kernel
+from folovllm.worker_proc.kernels.cpu.llvm import COUNTER_LINE, F32, I64, Inner, Kernel
 
 # What a step's function is given: int64 numbers, addresses in bytes.
 (
@@ -66,12 +66,13 @@ from folovllm.worker_proc.kernels.cpu.llvm import F32, I64, Inner, Kernel
     NUM_THREADS,
     COUNTER,  # of arrivals at barriers
     YIELD,
+    DRAWN,  # counters of what threads have drawn [layers, PRODUCTS_OF_LAYER, threads], see `Kernel.drawn`; 0 at first
     NORMED,  # for steps of many rows alone, as is what follows: 16-bit [row count, hidden]
     CHUNKS,  # a function as ATTENTION is, for prompt chunks; either may be 0
     CHUNK_ARGUMENTS,
     CHUNK_STRIDE,
-) = range(32)
-NUM_STEP_ARGUMENTS: Final = 32
+) = range(33)
+NUM_STEP_ARGUMENTS: Final = 33
 
 # A layer's row in the table, int64: of each product the weight and its bias in float32, then norms and cache.
 (
@@ -89,6 +90,7 @@ NUM_STEP_ARGUMENTS: Final = 32
     CACHE,
 ) = range(12)
 NUM_LAYER_FIELDS: Final = 12
+PRODUCTS_OF_LAYER: Final = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +197,16 @@ class StepCode:
 
     def share(self, count: Any) -> tuple[Any, Any]:
         return self.k.share(count, self.thread, self.num_threads)
+
+    @contextmanager
+    def drawn(self, count: Any, row: Any, weight: int) -> Iterator[Any]:
+        """A loop over pieces of a product's work, named by its layer's row and its weight's field in the table."""
+        k = self.k
+        layer, product = k.builder.sdiv(row, k.integer(NUM_LAYER_FIELDS)), k.integer(weight // 2)
+        place = k.product(k.sum(k.product(layer, k.integer(PRODUCTS_OF_LAYER)), product), self.num_threads)
+        counters = k.sum(k.argument(DRAWN), k.product(place, k.integer(COUNTER_LINE)))
+        with k.drawn(count, counters, (self.thread, self.num_threads)) as index:
+            yield index
 
     def stride_of(self, argument: int) -> int:
         sizes = {
@@ -304,14 +316,15 @@ class _FewRows(StepCode):
         row, weight = field
         outputs = self.shared_rows(output)
         base = outputs if output == HIDDEN else (k.argument(ZEROS), k.integer(0))
-        self.products[shape.layout].emit(
-            k,
-            weight=(self.field(row, weight), self.field(row, weight + 1), k.integer(shape.padded_in)),
-            inputs=inputs,
-            outputs=(*outputs, *base),
-            rows=self.row_count,
-            blocks=self.share(k.integer(shape.num_blocks)),
-        )
+        with self.drawn(k.integer(shape.num_blocks), row, weight) as block:
+            self.products[shape.layout].emit(
+                k,
+                weight=(self.field(row, weight), self.field(row, weight + 1), k.integer(shape.padded_in)),
+                inputs=inputs,
+                outputs=(*outputs, *base),
+                rows=self.row_count,
+                blocks=(block, k.sum(block, k.integer(1))),
+            )
 
     def _normed(self, weight: Any) -> None:
         k = self.k

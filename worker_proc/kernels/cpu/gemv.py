@@ -40,8 +40,9 @@ FLOAT_BYTES: Final = 4
     OUT,  # float32 [row count, padded outputs]
     THREAD_NUM,  # a function
     NUM_THREADS,
-) = range(10)
-NUM_PRODUCT_ARGUMENTS: Final = 10
+    DRAWN,  # a counter for each thread, see `Kernel.drawn`
+) = range(11)
+NUM_PRODUCT_ARGUMENTS: Final = 11
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,14 +93,15 @@ def build_product(shape: ProductShape) -> Kernel:
         source = k.sum(k.argument(X), k.product(row, k.integer(shape.in_features * ELEMENT_BYTES)))
         target = k.sum(own, k.product(row, k.integer(shape.padded_in * FLOAT_BYTES)))
         widen_row(k, source, target, shape.in_features, shape.layout.kind)
-    products.emit(
-        k,
-        weight=(k.argument(WEIGHT), k.argument(BIAS), k.integer(shape.padded_in)),
-        inputs=(own, k.integer(shape.padded_in)),
-        outputs=(k.argument(OUT), k.integer(shape.padded_out), k.argument(ZEROS), k.integer(0)),
-        rows=k.argument(ROW_COUNT),
-        blocks=k.share(k.integer(shape.num_blocks), thread, num_threads),
-    )
+    with k.drawn(k.integer(shape.num_blocks), k.argument(DRAWN), (thread, num_threads)) as block:
+        products.emit(
+            k,
+            weight=(k.argument(WEIGHT), k.argument(BIAS), k.integer(shape.padded_in)),
+            inputs=(own, k.integer(shape.padded_in)),
+            outputs=(k.argument(OUT), k.integer(shape.padded_out), k.argument(ZEROS), k.integer(0)),
+            rows=k.argument(ROW_COUNT),
+            blocks=(block, k.sum(block, k.integer(1))),
+        )
     return k
 
 

@@ -21,7 +21,7 @@ from llvmlite import ir
 from folovllm.worker_proc.kernels.cpu.chunk_products import Form
 from folovllm.worker_proc.kernels.cpu.gemv import ELEMENT_BYTES, FLOAT_BYTES, LANES, ProductShape
 from folovllm.worker_proc.kernels.cpu.int4 import expansion_function
-from folovllm.worker_proc.kernels.cpu.llvm import BF16, F32, I8, I32, Inner, Kernel
+from folovllm.worker_proc.kernels.cpu.llvm import BF16, F32, I8, I32, I64, Inner, Kernel
 from folovllm.worker_proc.layers.blocked import BlockLayout
 from folovllm.worker_proc.layers.int4_layout import Int4Layout
 
@@ -33,7 +33,9 @@ _STEP_BYTES: Final = _STEP * ELEMENT_BYTES
 _UNIT_LINE: Final = UNIT * 2 * ELEMENT_BYTES  # bytes of a unit's weights for two inputs
 _AHEAD_PAIRS: Final = 32  # prefetch distance, in lines of 128 bytes
 _PAIRS_AT_ONCE: Final = 4  # of inputs, written one after another
-SQUARE_BYTES: Final = 2 * TILE * UNIT * FLOAT_BYTES  # sums of 32 rows and a unit
+PANEL_TILES: Final = 16
+PANEL_BYTES: Final = PANEL_TILES * TILE * UNIT * FLOAT_BYTES  # a panel's sums of a unit
+_PART_STEPS: Final = 10  # of inputs: 20 kB of a unit
 _PAIRS: Final = ir.VectorType(BF16, 2 * LANES)
 _FLOATS: Final = ir.VectorType(F32, LANES)
 
@@ -74,11 +76,12 @@ class TileProducts:
 
     def __init__(self, kernel: Kernel, form: Form, layouts: Sequence[BlockLayout | Int4Layout]) -> None:
         products: _Form = _Amx() if form is Form.AMX else _Pairs(kernel)
-        self._groups = {
+        groups = {
             (tiles, fetch): _group_function(kernel, products, tiles, fetch=fetch)
             for tiles in (1, 2)
             for fetch in (True, False)
         }
+        self._panel = self._panel_function(kernel, groups)
         self._expansions = {
             layout: expansion_function(kernel, layout, BlockLayout(UNIT, 2, "bfloat16"))
             for layout in dict.fromkeys(layouts)
@@ -115,50 +118,84 @@ class TileProducts:
             num_tiles: of 16 rows, at least one; what lies in rows past the last is overwritten.
         """
 
-        def some(group: Group) -> None:
-            self.group(k, weight, (group.of(k, x), group.of(k, base), group.of(k, out)), group)
+        def some(panel: Panel) -> None:
+            self.panel(k, weight, (panel.of(k, x), panel.of(k, base), panel.of(k, out)), panel)
 
-        for_groups(k, num_tiles, some)
+        for_panels(k, num_tiles, some)
 
-    def group(self, k: Kernel, weight: "UnitWeight", operands: tuple[Rows, Rows, Rows], group: "Group") -> None:
-        """The same for the rows of one group, which `operands` (x, base, out) begin with."""
+    def panel(self, k: Kernel, weight: "UnitWeight", operands: tuple[Rows, Rows, Rows], panel: "Panel") -> None:
+        """The same for the rows of one panel, which `operands` (x, base, out) begin with."""
         numbers = [number for rows in operands for number in (rows.address, rows.stride)]
-        function = self._groups[group.num_tiles, group.is_first and weight.fetch]
-        k.invoke(function, weight.address, k.integer(weight.line), k.integer(weight.inputs), *numbers)
+        fetch = k.builder.zext(panel.is_first, I64) if weight.fetch else k.integer(0)
+        k.invoke(
+            self._panel, weight.address, k.integer(weight.line), k.integer(weight.inputs), *numbers, panel.size, fetch
+        )
+
+    def _panel_function(self, kernel: Kernel, groups: dict[tuple[int, bool], Inner]) -> Inner:
+        """One panel: inputs in parts, so that a unit's part stays in the nearest cache while all rows pass by."""
+        f = kernel.inner("panel", 11)
+        weight, line, inputs, *numbers, num_tiles, fetch = (f.argument(index) for index in range(11))
+        x, base, out = (Rows(*numbers[at : at + 2]) for at in (0, 2, 4))
+        b, one, two = f.builder, f.integer(1), f.integer(2)
+        steps = b.sdiv(inputs, f.integer(_STEP))
+        parts = b.sdiv(f.sum(steps, f.integer(_PART_STEPS - 1)), f.integer(_PART_STEPS))
+        parts = b.select(b.icmp_signed("<=", num_tiles, two), one, parts)
+        size = b.sdiv(b.sub(f.sum(steps, parts), one), parts)
+        with f.loop(f.integer(0), parts) as part:
+            first = f.product(part, size)
+            count = f.product(f.smaller(size, b.sub(steps, first)), f.integer(_STEP))
+            is_first = b.icmp_signed("==", part, f.integer(0))
+            lines = (f.sum(weight, f.product(f.product(first, f.integer(_STEP // 2)), line)), line, count)
+            rows = x.part(f, f.integer(0), f.product(first, f.integer(_STEP_BYTES)))
+            sums = Rows(b.select(is_first, base.address, out.address), b.select(is_first, base.stride, out.stride))
+            is_far = b.icmp_signed("!=", fetch, f.integer(0))
+            is_single = b.icmp_signed("==", num_tiles, one)
+            operands = (rows, sums, out)
+            for single, far in ((True, True), (True, False), (False, True), (False, False)):
+                fits = b.and_(is_single if single else b.not_(is_single), is_far if far else b.not_(is_far))
+                with f.when(fits):
+                    self._group(f, groups[1 if single else 2, far], lines, operands, f.integer(0))
+            num_pairs = b.sdiv(num_tiles, two)
+            with f.loop(one, num_pairs) as pair:
+                self._group(f, groups[2, False], lines, operands, f.product(pair, two))
+            with f.loop(b.select(is_single, one, f.product(num_pairs, two)), num_tiles) as tile:  # once at most
+                self._group(f, groups[1, False], lines, operands, tile)
+        return f.end()
+
+    def _group(
+        self, f: Inner, group: Inner, lines: tuple[Any, Any, Any], operands: tuple[Rows, ...], tile: Any
+    ) -> None:
+        row = f.product(tile, f.integer(TILE))
+        numbers = [number for rows in operands for number in (rows.part(f, row, f.integer(0)).address, rows.stride)]
+        f.invoke(group, *lines, *numbers)
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
-    """One or two tiles of rows.
+class Panel:
+    """So many rows that their sums of a unit stay in the second cache.
 
     Attributes:
-        tile: number of the first, a compiled number.
-        num_tiles: 1 or 2.
-        is_first: whether it is the first group that a unit meets.
+        tile: number of its first tile, a compiled number.
+        size: its tiles, the same.
+        is_first: whether it is the first that a unit meets, the same.
     """
 
     tile: Any
-    num_tiles: int
-    is_first: bool
+    size: Any
+    is_first: Any
 
     def of(self, k: Kernel, rows: Rows) -> Rows:
         """Its rows of all."""
         return rows.part(k, k.product(self.tile, k.integer(TILE)), k.integer(0))
 
 
-def for_groups(k: Kernel, num_tiles: Any, body: Callable[[Group], None]) -> None:
-    """Code that does `body` for all tiles, two at a time as long as there are two."""
-    zero, one, two = (k.integer(value) for value in (0, 1, 2))
-    is_single = k.builder.icmp_signed("==", num_tiles, one)
-    with k.when(is_single):
-        body(Group(zero, 1, is_first=True))
-    with k.when(k.builder.not_(is_single)):
-        body(Group(zero, 2, is_first=True))
-    num_pairs = k.builder.sdiv(num_tiles, two)
-    with k.loop(one, num_pairs) as pair:
-        body(Group(k.product(pair, two), 2, is_first=False))
-    with k.loop(k.builder.select(is_single, one, k.product(num_pairs, two)), num_tiles) as tile:  # once at most
-        body(Group(tile, 1, is_first=False))
+def for_panels(k: Kernel, num_tiles: Any, body: Callable[[Panel], None]) -> None:
+    """Code that does `body` for all tiles, a panel at a time."""
+    most = k.integer(PANEL_TILES)
+    with k.loop(k.integer(0), k.builder.sdiv(k.sum(num_tiles, k.integer(PANEL_TILES - 1)), most)) as index:
+        tile = k.product(index, most)
+        is_first = k.builder.icmp_signed("==", index, k.integer(0))
+        body(Panel(tile, k.smaller(most, k.builder.sub(num_tiles, tile)), is_first))
 
 
 @dataclasses.dataclass(frozen=True)

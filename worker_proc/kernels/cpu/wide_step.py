@@ -54,14 +54,14 @@ from folovllm.worker_proc.kernels.cpu.decode_step import (
 from folovllm.worker_proc.kernels.cpu.gemv import ELEMENT_BYTES, FLOAT_BYTES, LANES, ProductShape
 from folovllm.worker_proc.kernels.cpu.llvm import F32, Kernel
 from folovllm.worker_proc.kernels.cpu.tile_products import (
-    SQUARE_BYTES,
+    PANEL_BYTES,
     TILE,
     UNIT,
-    Group,
+    Panel,
     Rows,
     TileProducts,
     expanded_bytes,
-    for_groups,
+    for_panels,
     takes,
 )
 
@@ -83,7 +83,7 @@ def can_be_wide(shape: StepShape) -> bool:
 
 def own_bytes(shape: StepShape) -> int:
     """Memory of each thread's own: shapes of tiles, sums of gate and up, and two units expanded from 4 bits."""
-    return _TILE_SHAPES_BYTES + 2 * SQUARE_BYTES + 2 * max(expanded_bytes(product) for product in shape.products)
+    return _TILE_SHAPES_BYTES + 2 * PANEL_BYTES + 2 * max(expanded_bytes(product) for product in shape.products)
 
 
 def build_wide_step(shape: StepShape, form: Form) -> Kernel:
@@ -104,8 +104,9 @@ def build_wide_step(shape: StepShape, form: Form) -> Kernel:
     OUT_STRIDE,  # numbers from row to row
     PRODUCT_THREAD_NUM,
     PRODUCT_NUM_THREADS,
-) = range(9)
-NUM_PRODUCT_ARGUMENTS: Final = 9
+    PRODUCT_DRAWN,  # a counter for each thread, see `Kernel.drawn`
+) = range(10)
+NUM_PRODUCT_ARGUMENTS: Final = 10
 
 
 def product_own_bytes(shape: ProductShape) -> int:
@@ -121,8 +122,8 @@ def build_wide_product(shape: ProductShape, form: Form) -> Kernel:
     own = k.sum(k.argument(PRODUCT_OWN), k.product(thread, k.integer(product_own_bytes(shape))))
     x = Rows(k.argument(X), k.integer(shape.padded_in * ELEMENT_BYTES))
     stride = k.product(k.argument(OUT_STRIDE), k.integer(FLOAT_BYTES))
-    share = k.share(k.integer(shape.padded_out // UNIT), thread, num_threads)
-    with tiles(k, form, own), k.loop(*share) as unit:
+    num_units, drawn = k.integer(shape.padded_out // UNIT), k.argument(PRODUCT_DRAWN)
+    with tiles(k, form, own), k.drawn(num_units, drawn, (thread, num_threads)) as unit:
         column = k.product(unit, k.integer(UNIT * FLOAT_BYTES))
         base = Rows(k.sum(k.argument(BIAS), column), k.integer(0))
         out = Rows(k.sum(k.argument(PRODUCT_OUT), column), stride)
@@ -142,8 +143,8 @@ class _WideStep(StepCode):
         k = kernel
         self.tile_shapes = k.sum(k.argument(OWN), k.product(self.thread, k.integer(own_bytes(shape))))
         first = k.sum(self.tile_shapes, k.integer(_TILE_SHAPES_BYTES))
-        self.squares = [first, k.sum(first, k.integer(SQUARE_BYTES))]
-        expanded = k.sum(first, k.integer(2 * SQUARE_BYTES))
+        self.sums = [first, k.sum(first, k.integer(PANEL_BYTES))]
+        expanded = k.sum(first, k.integer(2 * PANEL_BYTES))
         size = k.integer(max(expanded_bytes(product) for product in shape.products))
         self.expanded = [expanded, k.sum(expanded, size)]
 
@@ -199,7 +200,7 @@ class _WideStep(StepCode):
         row, weight, bias = fields
         outputs = Rows(k.argument(output), k.integer(self.stride_of(output) * FLOAT_BYTES))
         biases = self.field(row, bias)
-        with self.shared(k.integer(shape.padded_out // UNIT)) as unit:
+        with self.drawn(k.integer(shape.padded_out // UNIT), row, weight) as unit:
             column = k.product(unit, k.integer(UNIT * FLOAT_BYTES))
             out, own_bias = outputs.part(k, k.integer(0), column), k.sum(biases, column)
             if output == HIDDEN:
@@ -224,7 +225,7 @@ class _WideStep(StepCode):
         num_units = shape.intermediate // UNIT
         x, activated = self._rows(NORMED, shape.hidden), self._rows(ACTIVATED, shape.intermediate)
         weight, biases = self.field(row, GATE_UP_WEIGHT), self.field(row, GATE_UP_BIAS)
-        with self.shared(k.integer(num_units)) as index:
+        with self.drawn(k.integer(num_units), row, GATE_UP_WEIGHT) as index:
             halves = [index, k.sum(index, k.integer(num_units))]
             units = [
                 self.products.unit(k, shape.gate_up, weight, unit, expanded)
@@ -233,21 +234,21 @@ class _WideStep(StepCode):
             bases = [
                 Rows(k.sum(biases, k.product(unit, k.integer(UNIT * FLOAT_BYTES))), k.integer(0)) for unit in halves
             ]
-            squares = [Rows(address, k.integer(UNIT * FLOAT_BYTES)) for address in self.squares]
+            sums = [Rows(address, k.integer(UNIT * FLOAT_BYTES)) for address in self.sums]
             column = k.product(index, k.integer(UNIT * ELEMENT_BYTES))
             out = activated.part(k, k.integer(0), column)
 
-            def some(group: Group) -> None:
-                for unit, base, square in zip(units, bases, squares, strict=True):
-                    self.products.group(k, unit, (group.of(k, x), base, square), group)
-                self._activate(squares, group.of(k, out), group.num_tiles * TILE)
+            def some(panel: Panel) -> None:
+                for unit, base, part in zip(units, bases, sums, strict=True):
+                    self.products.panel(k, unit, (panel.of(k, x), base, part), panel)
+                self._activate(sums, panel.of(k, out), k.product(panel.size, k.integer(TILE)))
 
-            for_groups(k, self.num_tiles, some)
+            for_panels(k, self.num_tiles, some)
 
-    def _activate(self, squares: list[Rows], out: Rows, num_rows: int) -> None:
+    def _activate(self, sums: list[Rows], out: Rows, num_rows: Any) -> None:
         k = self.k
-        with k.loop(k.integer(0), k.integer(num_rows)) as row:
-            gates, ups = (square.part(k, row, k.integer(0)).address for square in squares)
+        with k.loop(k.integer(0), num_rows) as row:
+            gates, ups = (rows.part(k, row, k.integer(0)).address for rows in sums)
             target = out.part(k, row, k.integer(0)).address
             for part in range(0, UNIT, LANES):
                 place = k.integer(part)

@@ -1,6 +1,5 @@
 """The compiled kernel against its definition in float32, and against what must not reach it."""
 
-import itertools
 import math
 
 import numpy as np
@@ -9,7 +8,7 @@ import torch
 
 pytest.importorskip("llvmlite", reason="kernels for the CPU are compiled by llvmlite")
 
-from folovllm.worker_proc.kernels.cpu.decode_attention import DecodeAttention, HeadShape, _divide, cut_into_parts
+from folovllm.worker_proc.kernels.cpu.decode_attention import DecodeAttention, HeadShape, cut_into_parts
 from folovllm.worker_proc.kernels.cpu.llvm import prepare
 from folovllm.worker_proc.kernels.cpu.team import find_team
 
@@ -134,14 +133,6 @@ def test_queries_whose_heads_are_apart_are_brought_together() -> None:
     assert torch.equal(plan.attend(apart, cache), plan.attend(query, cache))
 
 
-def test_work_is_divided_by_tokens() -> None:
-    assert _divide(np.array([100, 1, 1, 98]), 2).tolist() == [0, 1, 4]
-    assert _divide(np.array([90, 20, 1, 89]), 2).tolist() == [0, 1, 4]
-    assert _divide(np.array([10] * 6), 2).tolist() == [0, 3, 6]
-    assert _divide(np.array([7]), 3).tolist() == [0, 0, 1, 1]
-    assert _divide(np.array([5] * 6), 1).tolist() == [0, 6]
-
-
 @pytest.mark.parametrize("block_size", [16, 48, 512])
 def test_parts_cover_each_context_once_in_whole_blocks(block_size: int) -> None:
     shape = HeadShape(2, 3, 64, block_size, "bfloat16")
@@ -161,8 +152,8 @@ def test_parts_cover_each_context_once_in_whole_blocks(block_size: int) -> None:
 
 def test_a_long_context_occupies_all_threads() -> None:
     parts = cut_into_parts(SHAPES[0], np.array([7000]))
-    borders = _divide(parts[:, 3] - parts[:, 2], 2)
-    tokens = [(parts[first:last, 3] - parts[first:last, 2]).sum() for first, last in itertools.pairwise(borders)]
+    halves = parts[: len(parts) // 2], parts[len(parts) // 2 :]
+    tokens = [int((half[:, 3] - half[:, 2]).sum()) for half in halves]
     assert max(tokens) < 1.02 * min(tokens)
 
 

@@ -1,6 +1,7 @@
 """Products of a few rows with a weight in blocks, against torch's in float64."""
 
 import ctypes
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 pytest.importorskip("llvmlite", reason="kernels for the CPU are compiled by llvmlite")
 
 from folovllm.worker_proc.kernels.cpu.gemv import ROW_COUNTS, ProductShape, row_count
-from folovllm.worker_proc.kernels.cpu.llvm import I64, Compiled, Kernel, prepare
+from folovllm.worker_proc.kernels.cpu.llvm import COUNTER_LINE, I64, Compiled, Kernel, counters, prepare
 from folovllm.worker_proc.kernels.cpu.network import HeadProduct, padded_bias
 from folovllm.worker_proc.kernels.cpu.team import Team, find_team
 from folovllm.worker_proc.layers.blocked import BlockedWeight, BlockLayout
@@ -39,6 +40,33 @@ def team() -> Team:
 
 def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def test_threads_draw_their_own_shares_first_and_then_help_the_others() -> None:
+    prepare()
+    k = Kernel("draws")
+    with k.drawn(k.argument(0), k.argument(1), (k.argument(2), k.integer(3))) as index:
+        place = k.load(k.argument(3), k.integer(0), I64)
+        k.store(index, k.argument(3), k.sum(place, k.integer(1)), I64)
+        k.store(k.sum(place, k.integer(1)), k.argument(3), k.integer(0), I64)
+    code = Compiled(k, None)
+    run = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(code.address)
+
+    def drawn_by(thread: int, count: int, memory: np.ndarray[Any, np.dtype[np.int64]]) -> list[int]:
+        found = np.zeros(count + 1, np.int64)
+        arguments = np.array([count, memory.ctypes.data, thread, found.ctypes.data], np.int64)
+        run(arguments.ctypes.data)
+        return found[1 : found[0] + 1].tolist()
+
+    for count in (0, 1, 7, 30):
+        memory = counters(3)
+        assert memory.ctypes.data % COUNTER_LINE == 0 and not memory.any()
+        middle = list(range(count // 3, count * 2 // 3))
+        own, rest = drawn_by(1, count, memory), drawn_by(0, count, memory)
+        assert own[: len(middle)] == middle and sorted(own) == list(range(count)) and rest == []
+        memory = counters(3)
+        memory[0] = 2  # of the first thread's share two are gone
+        assert drawn_by(2, count, memory) == [*range(count * 2 // 3, count), *range(2, count // 3), *middle]
 
 
 def test_threads_shares_are_all_of_the_work_and_as_equal_as_can_be() -> None:
