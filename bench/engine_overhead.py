@@ -163,9 +163,10 @@ def measure(llm: LLM, loop: BareLoop, batch: int, given: argparse.Namespace) -> 
 def main() -> None:
     options = parser("LLM.generate against a bare loop over its steps.")
     options.add_argument("--batches", type=int, nargs="+", default=[1, 64])
-    options.add_argument("--prompt-len", type=int, default=32)
-    options.add_argument("--output-len", type=int, default=128)
+    options.add_argument("--prompt-len", type=int, default=16)
+    options.add_argument("--output-len", type=int, default=32)
     options.add_argument("--bare", type=int, help=argparse.SUPPRESS)
+    options.set_defaults(repeats=9)  # short ones: what else the machine does changes from second to second
     given = options.parse_args()
     if given.bare is not None:
         serve_bare_loop(given.model, given.dtype, given.bare)
