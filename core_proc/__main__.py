@@ -1,7 +1,8 @@
 """The core's program: `python -m folovllm.core_proc --connect ENDPOINT [--name core] [--death-fd N]`.
 
 It starts its worker, dials its parent at ENDPOINT, says Hello, is sent a ConfigureCore, tells the worker what it needs
-of it, reports CoreReady or Failed, and serves frontends until it is told to end. Without `--death-fd` it runs on its own and ends by SIGTERM or SIGINT.
+of it, reports CoreReady or Failed, and serves frontends until it is told to end. Without `--death-fd` it runs on its
+own and ends by SIGTERM or SIGINT.
 
 Another worker can take the place of FoloVLLM's: `--worker-module MODULE` is started as `python -m MODULE --connect
 ENDPOINT --name worker-0 --death-fd N` and speaks `folovllm.common.messages.core_worker` (a fake one is in
