@@ -10,7 +10,13 @@ What differs from a step of a few rows: rows are normed once, by one thread each
 nearest cache; decoding requests and chunks each have their attention. Hidden states stay float32 from layer to layer.
 
 Why one call: some 450 operators of torch cost 40 ms a step on two cores, most of it spent waking threads that fell
-asleep between two of them, where products of 16 rows take 13.
+asleep between two of them. Milliseconds of a step of SmolLM2-135M without its logits (2 cores of a Xeon with AMX):
+
+    step                                          torch   this
+    16 decodes at 255 tokens                         39     18
+    64 decodes at 255 tokens                         93     47   (22 of it attention, 15 ms for its bytes)
+    8 decodes at 500, a chunk of 16 at 1,000         48     21
+    a prompt of 1,024                               467    235   (156 of it products, 62 attention)
 """
 
 from typing import Any, Final

@@ -56,7 +56,7 @@ def test_threads_draw_their_own_shares_first_and_then_help_the_others() -> None:
         found = np.zeros(count + 1, np.int64)
         arguments = np.array([count, memory.ctypes.data, thread, found.ctypes.data], np.int64)
         run(arguments.ctypes.data)
-        return found[1 : found[0] + 1].tolist()
+        return [int(index) for index in found[1 : found[0] + 1]]
 
     for count in (0, 1, 7, 30):
         memory = counters(3)
