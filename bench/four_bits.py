@@ -83,11 +83,14 @@ def layer_bytes(folder: pathlib.Path, device: str) -> int:
     with torch.inference_mode():
         model = build_model(config, placement, 64, linear_maker(config, placement, None))
         fill_dummy_weights(model, 0)
-    return sum(
+    total = sum(
         linear.num_bytes
         for layer in model.parts().layers
         for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)
     )
+    del model
+    torch.cuda.empty_cache()  # for the engines that come after
+    return total
 
 
 def measure_both(source: pathlib.Path, device: str, run: Callable[[pathlib.Path, str], Measured]) -> list[list[object]]:

@@ -16,6 +16,8 @@ once to warm up (kernels are compiled and steps captured then), then `--repeats`
 * prefix: the first token of a prompt of 4,096 tokens, and of one that shares all of them but the last 16: ms.
 * fp8: W1, W2 and W3 again with an FP8 KV cache, and what it does to the logits (`bench.kv_quality`).
 * flash_attn: W1, W2, W3 and W4 with the package flash-attn in place of Triton's kernels, where it is installed.
+* q4: steps of 1 to 256 requests (128 + 256 tokens), 64 prompts of 1,024 tokens, layer weights and their load, of the
+  model in bf16 and of a copy in 4 bits, beside the goals of milestone 7 (`bench.four_bits`).
 * server: streams over HTTP through `folovllm serve`, 512 + 128 tokens, 1, 32 and 256 at once: output tokens/s.
 * start: from `LLM(...)` to its first token, of the engine that the workloads above run on: s.
 """
@@ -30,6 +32,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bench import four_bits
 from bench.common import print_table, write_json
 from bench.server_streams import run_streams, started
 from bench.workload import random_prompts
@@ -37,8 +40,8 @@ from folovllm import LLM, SamplingParams
 from folovllm.frontend.engine_options import EngineOptions
 
 W1, W2, W3, W4, W4B = "W1", "W2", "W3", "W4", "W4b"
-PREFIX, FP8, FLASH, SERVER = "prefix", "fp8", "flash_attn", "server"
-ALL = (W1, W2, W3, W4, W4B, PREFIX, FP8, FLASH, SERVER)
+PREFIX, FP8, FLASH, Q4, SERVER = "prefix", "fp8", "flash_attn", "q4", "server"
+ALL = (W1, W2, W3, W4, W4B, PREFIX, FP8, FLASH, Q4, SERVER)
 GIB = 2**30
 _EFFECT_SEQUENCES = 8
 _FLASH_BLOCK_SIZE = 256  # that FlashAttention 2 can read
@@ -64,10 +67,11 @@ class Sizes:
     server_prompt: int = 512
     server_output: int = 128
     server_streams: tuple[int, ...] = (1, 32, 256)
+    q4_requests: tuple[int, ...] = tuple(four_bits.GOALS_MS)
     max_model_len: int = 20000
 
 
-QUICK = Sizes(4, 120, 8, 4, 4, (2, 3), (32, 64), 2, 16, 64, 16, 4, (1, 2), 256)
+QUICK = Sizes(4, 120, 8, 4, 4, (2, 3), (32, 64), 2, 16, 64, 16, 4, (1, 2), (1, 3), 256)
 
 
 def card_limits() -> dict[str, Any]:
@@ -239,6 +243,23 @@ class Bench:
         else:
             self.run(wanted, f"{FLASH} ", {"attention_backend": "flash_attn", "block_size": _FLASH_BLOCK_SIZE})
 
+    def run_four_bits(self, folder: pathlib.Path, label: str) -> four_bits.Measured:
+        """What is compared, of the model in `folder`."""
+        size = self.sizes
+        wanted: dict[str, Workload] = {
+            f"{Q4} {label} {count} requests": functools.partial(decode, size.decode_prompt, count, size.w3_output)
+            for count in size.q4_requests
+        }
+        with LLM(str(folder), **self.options()) as llm:
+            for name, run in wanted.items():
+                self.note(name, measure(functools.partial(run, llm), self.repeats))
+            prompts = measure(functools.partial(prefill, size.w4b_requests, size.w4b_prompt, llm), self.repeats)
+            self.note(f"{Q4} {label} prompts", prompts)
+            load_s = sum(each.seconds for each in llm.startup.phases if "weights" in each.phase)
+        step_ms = [self.results[name]["median"]["ms per step"] for name in wanted]
+        steps = dict(zip(size.q4_requests, step_ms, strict=True))
+        return four_bits.Measured(steps, prompts["median"]["prompt tokens/s"], load_s)
+
     def serve(self) -> None:
         """Streams through a server of its own, which has an engine of its own."""
         given = [f"--{name.replace('_', '-')}={value}" for name, value in self.options().items()]
@@ -290,6 +311,10 @@ def main() -> None:
         bench.fp8_effect()
     if FLASH in asked:
         bench.run_flash_attn(workloads(bench.sizes, [W1, W2, W3, W4]))
+    beside_goals: list[list[object]] = []
+    if Q4 in asked:
+        beside_goals = four_bits.measure_both(bench.folder, arguments.device, bench.run_four_bits)
+        print_table(["4-bit weights", "bf16", "4 bits", "goal (H100)"], beside_goals)
     if SERVER in asked:
         bench.serve()
     rows = [
@@ -300,7 +325,8 @@ def main() -> None:
     print_table(["workload", "figure", "median", "first run"], [*rows, ["start", "s", round(started_s, 1), ""]])
     write_json(
         "gpu" + ("-quick" if arguments.quick else ""),
-        {"options": vars(arguments), "limits": limits, "start_s": started_s, "workloads": bench.results},
+        {"options": vars(arguments), "limits": limits, "start_s": started_s, "workloads": bench.results}
+        | ({"four_bits": beside_goals} if beside_goals else {}),
     )
 
 

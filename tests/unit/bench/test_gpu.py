@@ -59,7 +59,7 @@ def test_the_workloads_are_those_of_the_table() -> None:
         "prefix 4,096 tokens",
         "W1 mixed",
     ]
-    assert {name.split()[0] for name in found} | {gpu.FP8, gpu.FLASH, gpu.SERVER} == set(gpu.ALL)
+    assert {name.split()[0] for name in found} | {gpu.FP8, gpu.FLASH, gpu.Q4, gpu.SERVER} == set(gpu.ALL)
     assert found["W2 1 request"][0].calls == [([128], [512], 0.0)]
     assert found["W3 256 requests"][0].calls == [([128] * 256, [256] * 256, 0.0)]
     assert found["W4 16,384 tokens"][0].calls == [([16384], [1], 0.0)]
@@ -94,6 +94,34 @@ def test_an_engine_reads_weights_where_the_folder_has_some(tmp_path: pathlib.Pat
     assert bench.repeats == 1 and bench.options()["load_format"] == "dummy"
     (tmp_path / "model.safetensors").touch()
     assert bench.options()["load_format"] == "auto"
+
+
+def test_a_model_and_its_4_bit_copy_have_the_same_to_do(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[InstantLLM] = []
+
+    class Opened(InstantLLM):
+        def __init__(self, _model: str, **_options: object) -> None:
+            super().__init__()
+            opened.append(self)
+            phases = [SimpleNamespace(phase=name, seconds=2.5) for name in ("load weights", "warm up")]
+            self.startup = SimpleNamespace(phases=phases)
+
+        def __enter__(self) -> "Opened":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            return
+
+    monkeypatch.setattr(gpu, "LLM", Opened)
+    given = argparse.Namespace(model=str(tmp_path), quick=True, repeats=3, device="cpu", max_num_batched_tokens=512)
+    bench = gpu.Bench(given)
+    measured = [bench.run_four_bits(tmp_path, label) for label in ("bf16", "4 bits")]
+    assert all(list(each.step_ms) == [1, 3] and each.load_s == 2.5 for each in measured)
+    assert opened[0].calls == opened[1].calls and len(opened[0].calls) == 6  # each once to warm up, once to measure
+    assert list(bench.results)[2:4] == ["q4 bf16 prompts", "q4 4 bits 1 requests"]
+    assert gpu.Sizes().q4_requests == (1, 8, 32, 64, 256)
 
 
 def test_fp8_is_asked_for_by_name(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
