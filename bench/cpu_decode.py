@@ -28,7 +28,8 @@ from folovllm.frontend.model_hub import resolve
 from folovllm.worker_proc.attention.paged import PagedBackend
 from folovllm.worker_proc.device import Placement, resolve_dtype, set_threads
 from folovllm.worker_proc.kernels.cpu.background import CpuKernels
-from folovllm.worker_proc.kernels.cpu.llvm import F32, Compiled, Kernel
+from folovllm.worker_proc.kernels.cpu.compiled import Compiled
+from folovllm.worker_proc.kernels.cpu.llvm import F32, Kernel
 from folovllm.worker_proc.kernels.cpu.network import HeadProduct
 from folovllm.worker_proc.kernels.cpu.team import Team, find_team
 from folovllm.worker_proc.kv_tensors import KVTensors

@@ -12,7 +12,7 @@ import torch
 
 from folovllm.worker_proc.kernels.cpu import int4
 from folovllm.worker_proc.kernels.cpu.code_cache import CodeCache
-from folovllm.worker_proc.kernels.cpu.llvm import Compiled
+from folovllm.worker_proc.kernels.cpu.compiled import Compiled
 from folovllm.worker_proc.kernels.cpu.team import Team
 from folovllm.worker_proc.layers.activation import silu_and_mul
 from folovllm.worker_proc.layers.blocked import BlockedWeight, BlockLayout, look_into
@@ -37,7 +37,7 @@ class Int4Kernels:
     def product(self, layout: Int4Layout) -> int:
         """Address of the product's function."""
         if layout not in self._products:
-            self._products[layout] = Compiled(int4.build_product(layout), self._cache)
+            self._products[layout] = Compiled.by(self._cache, int4.build_product, layout)
         return self._products[layout].address
 
     def expansion(self, layout: Int4Layout, target: BlockedWeight) -> int:
@@ -45,7 +45,7 @@ class Int4Kernels:
         key = layout, target.layout
         if key not in self._expansions:
             assert isinstance(target.layout, BlockLayout), "oneDNN's"
-            self._expansions[key] = Compiled(int4.build_expansion(layout, target.layout), self._cache)
+            self._expansions[key] = Compiled.by(self._cache, int4.build_expansion, layout, target.layout)
         return self._expansions[key].address
 
     def scratch(self, out_features: int, in_features: int) -> tuple[torch.Tensor, BlockedWeight | None]:

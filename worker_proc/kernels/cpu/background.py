@@ -75,7 +75,7 @@ class Compiler:
 def _make(what: str, make: Callable[["Team"], T | None]) -> T | None:
     began = time.perf_counter()
     try:
-        from folovllm.worker_proc.kernels.cpu.llvm import prepare
+        from folovllm.worker_proc.kernels.cpu.compiled import prepare
         from folovllm.worker_proc.kernels.cpu.team import find_team
 
         team = find_team()

@@ -37,8 +37,9 @@ from folovllm.worker_proc.kernels.cpu.chunk_products import (
     tiles,
 )
 from folovllm.worker_proc.kernels.cpu.code_cache import CodeCache
+from folovllm.worker_proc.kernels.cpu.compiled import Compiled
 from folovllm.worker_proc.kernels.cpu.decode_attention import HeadShape
-from folovllm.worker_proc.kernels.cpu.llvm import F32, I32, I64, Compiled, Kernel
+from folovllm.worker_proc.kernels.cpu.llvm import F32, I32, I64, Kernel
 from folovllm.worker_proc.kernels.cpu.team import Team
 
 MAX_VECTORS: Final = 8  # of a tile: 128 rows share what it costs to pack keys and values
@@ -125,7 +126,7 @@ class ChunkAttention:
         if self.form is Form.AMX and not allow_tiles():
             self.form = Form.FLOATS
         self._team = team
-        self._code = Compiled(_build(shape, self.form, wide=bool(features.get("avx512f"))), cache)
+        self._code = Compiled.by(cache, build_chunk_attention, shape, self.form, bool(features.get("avx512f")))
 
     def plan(self, metadata: AttentionMetadata, cache: torch.Tensor) -> "ChunkPlan":
         """What all layers of a step share.
@@ -246,7 +247,8 @@ class _Scratch:
             self.num_bytes += -(-size // 64) * 64
 
 
-def _build(shape: HeadShape, form: Form, *, wide: bool) -> Kernel:
+def build_chunk_attention(shape: HeadShape, form: Form, wide: bool) -> Kernel:
+
     kernel = Kernel("chunk_attention")
     thread = kernel.call_int(kernel.argument(_THREAD_NUM))
     base = kernel.sum(kernel.argument(_SCRATCH), kernel.product(thread, kernel.argument(_SCRATCH_BYTES)))

@@ -27,7 +27,8 @@ import torch
 from llvmlite import ir
 
 from folovllm.worker_proc.kernels.cpu.code_cache import CodeCache
-from folovllm.worker_proc.kernels.cpu.llvm import COUNTER_LINE, F32, I64, Compiled, Kernel, Sums, counters
+from folovllm.worker_proc.kernels.cpu.compiled import Compiled
+from folovllm.worker_proc.kernels.cpu.llvm import COUNTER_LINE, F32, I64, Kernel, Sums, counters
 from folovllm.worker_proc.kernels.cpu.team import Team
 
 _LANES: Final = 16  # scores of so many tokens are one vector
@@ -103,7 +104,7 @@ class DecodeAttention:
     def __init__(self, shape: HeadShape, team: Team, cache: CodeCache | None = None) -> None:
         self.shape = shape
         self._team = team
-        self._code = Compiled(_build(shape), cache)
+        self._code = Compiled.by(cache, build_decode_attention, shape)
 
     def plan(self, block_table: torch.Tensor, seq_lens: Sequence[int], cache: torch.Tensor) -> "DecodePlan":
         """What all layers of a step share.
@@ -199,7 +200,7 @@ def cut_into_parts(shape: HeadShape, lengths: npt.NDArray[np.int64]) -> npt.NDAr
     return parts
 
 
-def _build(shape: HeadShape) -> Kernel:
+def build_decode_attention(shape: HeadShape) -> Kernel:
     kernel = Kernel("decode_attention")
     thread = kernel.call_int(kernel.argument(_THREAD_NUM))
     scratch = kernel.sum(kernel.argument(_SCRATCH), kernel.product(thread, kernel.argument(_SCRATCH_BYTES)))

@@ -1,4 +1,4 @@
-"""Machine code for this processor from LLVM's intermediate representation (llvmlite), and the words it is written in.
+"""The words that kernels are written in: a description in LLVM's intermediate representation, which `compiled` takes.
 
 Why not a compiler for Python functions: vectors are what these kernels are about, and a loop over numbers becomes the
 vectors one wants only sometimes (numba: 52 ns for a key and three queries of 64, this: 9). Here a vector
@@ -6,19 +6,13 @@ is a value like any other: `<64 x float>` is cut by LLVM into the registers that
 wide. llvmlite is loaded in some 30 ms and compiles a kernel in 0.3 to 1.4 s, the more the larger a group of heads is.
 """
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
-import llvmlite
-import llvmlite.binding as llvm
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
-
-from folovllm.common.log import get_logger
-from folovllm.worker_proc.kernels.cpu.code_cache import CodeCache
 
 I8: Final = ir.IntType(8)
 I16: Final = ir.IntType(16)
@@ -44,21 +38,19 @@ class _BFloat(ir.types.Type):  # type: ignore[misc]  # llvmlite has no types; th
 BF16: Final = _BFloat()
 
 COUNTER_LINE: Final = 64  # bytes: what two threads count in does not share a cache line
-_VERSION: Final = 1  # of how code is made from the same text: to be raised with it
+ENTRY: Final = "kernel"  # the function of every kernel
 _CONTRACT: Final = ("contract",)  # a product and a sum may become one fused operation; nothing else is rearranged
-
-logger = get_logger(__name__)
 
 
 class Kernel:
-    """A function `void name(int64_t *arguments)` under construction, and its vocabulary.
+    """A function `void f(int64_t *arguments)` under construction, and its vocabulary.
 
     All addresses are int64 values in bytes; `offset` counts elements of what is loaded or stored.
     """
 
     def __init__(self, name: str) -> None:
         self.module = ir.Module(name)
-        self._open(ir.Function(self.module, ir.FunctionType(ir.VoidType(), [I64.as_pointer()]), name))
+        self._open(ir.Function(self.module, ir.FunctionType(ir.VoidType(), [I64.as_pointer()]), ENTRY))
 
     def _open(self, function: Any) -> None:
         self.function = function
@@ -441,47 +433,6 @@ class Sums:
         """The sums, once `count` vectors were added."""
         ((_, vector),) = self._waiting
         return vector
-
-
-class Compiled:
-    """Machine code and what keeps it in memory; `address` is that of its function."""
-
-    def __init__(self, kernel: Kernel, cache: CodeCache | None = None) -> None:
-        """`cache`: where the code is looked up first, and put if it was not there."""
-        kernel.builder.ret_void()
-        cpu, features = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
-        machine = llvm.Target.from_default_triple().create_target_machine(cpu=cpu, features=features, opt=3)
-        text = str(kernel.module)
-        made_for = (text, cpu, features, llvmlite.__version__, str(llvm.llvm_version_info), str(_VERSION))
-        code = None if cache is None else cache.find(made_for)
-        if code is None:
-            logger.info("compiling %s for %s, once; torch's operators serve meanwhile", kernel.function.name, cpu)
-            began = time.perf_counter()
-            code = _machine_code(text, machine)
-            logger.info("compiled %s for %s in %.1f s", kernel.function.name, cpu, time.perf_counter() - began)
-            if cache is not None:
-                cache.keep(made_for, code)
-        self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
-        self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
-        self._engine.finalize_object()
-        self.address: int = self._engine.get_function_address(kernel.function.name)
-
-
-def _machine_code(text: str, machine: Any) -> bytes:
-    """An object file."""
-    module = llvm.parse_assembly(text)
-    module.verify()
-    options = llvm.create_pipeline_tuning_options(speed_level=3)
-    options.loop_unrolling = False  # what pays is unrolled by hand
-    passes = llvm.create_pass_builder(machine, options)
-    passes.getModulePassManager().run(module, passes)
-    return bytes(machine.emit_object(module))
-
-
-def prepare() -> None:
-    """Once in a process, before the first `Compiled`."""
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
 
 
 def counters(count: int) -> npt.NDArray[np.int64]:

@@ -12,6 +12,7 @@ from folovllm.worker_proc.kernels.cpu import decode_step, gemv, wide_step
 from folovllm.worker_proc.kernels.cpu.chunk_attention import ChunkAttention, ChunkPlan
 from folovllm.worker_proc.kernels.cpu.chunk_products import Form
 from folovllm.worker_proc.kernels.cpu.code_cache import CodeCache
+from folovllm.worker_proc.kernels.cpu.compiled import Compiled
 from folovllm.worker_proc.kernels.cpu.decode_attention import DecodeAttention, DecodePlan
 from folovllm.worker_proc.kernels.cpu.decode_step import (
     NUM_LAYER_FIELDS,
@@ -21,7 +22,7 @@ from folovllm.worker_proc.kernels.cpu.decode_step import (
     build_step,
 )
 from folovllm.worker_proc.kernels.cpu.gemv import ROW_COUNTS, ProductShape, build_product, row_count
-from folovllm.worker_proc.kernels.cpu.llvm import Compiled, counters
+from folovllm.worker_proc.kernels.cpu.llvm import counters
 from folovllm.worker_proc.kernels.cpu.team import Team
 from folovllm.worker_proc.kernels.cpu.tile_products import TILE, takes
 from folovllm.worker_proc.kernels.cpu.wide_step import build_wide_product, build_wide_step, can_be_wide, wide_form
@@ -107,7 +108,7 @@ class CompiledNetwork:
     ) -> None:
         """`chunks`: None leaves steps of many rows to torch; `form`: of these, for tests, None takes the fastest."""
         memory = _NetworkMemory(plan, kv, team)
-        self._few = _FewRows(plan, attention, memory, team, Compiled(build_step(plan.shape), cache))
+        self._few = _FewRows(plan, attention, memory, team, Compiled.by(cache, build_step, plan.shape))
         head = plan.head
         self._head = HeadProduct(head.weight, head.bias, team, cache)
         self._wide: _WideSteps | None = None
@@ -115,7 +116,7 @@ class CompiledNetwork:
         form = form or wide_form(tiles_allowed=chunks is not None and chunks.form is Form.AMX)
         if chunks is not None and form is not None and can_be_wide(plan.shape):
             self._wide = _WideSteps(
-                plan, (attention, chunks), memory, team, Compiled(build_wide_step(plan.shape, form), cache)
+                plan, (attention, chunks), memory, team, Compiled.by(cache, build_wide_step, plan.shape, form)
             )
             if takes(ProductShape.of(head.weight)):
                 self._wide_head = WideHead(head.weight, head.bias, form, team, cache)
@@ -214,6 +215,7 @@ class _Steps:
         self._drawn = counters(len(memory.table) * PRODUCTS_OF_LAYER * team.num_threads)
         self._arguments[decode_step.DRAWN] = self._drawn.ctypes.data
         self._scratch: dict[int, torch.Tensor] = {}
+        self._kept: dict[int, tuple[DecodePlan | ChunkPlan, npt.NDArray[np.int64]]] = {}
 
     def _set_scratch(self, scratch: dict[int, torch.Tensor]) -> None:
         """`scratch`: by argument."""
@@ -221,13 +223,13 @@ class _Steps:
         for place, tensor in scratch.items():
             self._arguments[place] = tensor.data_ptr()
 
-    def _set_attention(self, places: tuple[int, int, int], plan: DecodePlan | ChunkPlan) -> npt.NDArray[np.int64]:
-        """What a part of the step's attention is called with; to be kept, as `plan` is, until the step is done."""
+    def _set_attention(self, places: tuple[int, int, int], plan: DecodePlan | ChunkPlan) -> None:
+        """What a part of the step's attention is called with; kept, as the step reads it, until the next is set."""
         query, attended = self._scratch[decode_step.QUERY], self._scratch[decode_step.ATTENDED]
         function, layers = plan.for_layers(query.data_ptr(), attended.data_ptr(), self._memory.caches)
         for place, number in zip(places, (function, layers.ctypes.data, layers.strides[0]), strict=True):
             self._arguments[place] = number
-        return layers
+        self._kept[places[0]] = plan, layers
 
     def _run(self, input_ids: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, count: int) -> torch.Tensor:
         """`count`: rows there is code for."""
@@ -277,10 +279,8 @@ class _FewRows(_Steps):
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
         """See `CompiledNetwork.forward`."""
         attention = self._attention.plan(metadata.block_table, metadata.seq_lens, self._memory.cache)
-        layers = self._set_attention(_DECODES, attention)
-        output = self._run(input_ids, positions, metadata.slot_mapping, row_count(len(input_ids)))
-        del layers
-        return output
+        self._set_attention(_DECODES, attention)
+        return self._run(input_ids, positions, metadata.slot_mapping, row_count(len(input_ids)))
 
 
 class _WideSteps(_Steps):
@@ -305,18 +305,13 @@ class _WideSteps(_Steps):
         self._make_room(count)
         for place in (decode_step.ATTENTION, decode_step.CHUNKS):
             self._arguments[place] = 0
-        kept: list[object] = []
         if metadata.num_decodes:
             requests = slice(0, metadata.num_decodes)
             table, lens = metadata.block_table[requests], metadata.seq_lens[requests]
-            decodes = self._attention.plan(table, lens, self._memory.cache)
-            kept += [decodes, self._set_attention(_DECODES, decodes)]
+            self._set_attention(_DECODES, self._attention.plan(table, lens, self._memory.cache))
         if metadata.num_decodes < len(metadata.query_lens):
-            chunks = self._chunks.plan(metadata, self._memory.cache)
-            kept += [chunks, self._set_attention(_CHUNKS, chunks)]
-        output = self._run(input_ids, positions, metadata.slot_mapping, count)
-        kept.clear()
-        return output
+            self._set_attention(_CHUNKS, self._chunks.plan(metadata, self._memory.cache))
+        return self._run(input_ids, positions, metadata.slot_mapping, count)
 
     def _make_room(self, count: int) -> None:
         if count <= self._room:
@@ -343,7 +338,7 @@ class HeadProduct:
     def __init__(self, weight: BlockedWeight, bias: torch.Tensor | None, team: Team, cache: CodeCache | None) -> None:
         self._team, self._weight, self.in_features = team, weight, weight.in_features
         self._shape = ProductShape.of(weight)
-        self._code = Compiled(build_product(self._shape), cache)
+        self._code = Compiled.by(cache, build_product, self._shape)
         self._zeros = torch.zeros(self._shape.padded_out)
         self._bias = self._zeros if bias is None else padded_bias(weight, bias)
         self._own = torch.zeros(team.num_threads, FEW_ROWS * self._shape.padded_in)
@@ -376,7 +371,7 @@ class WideHead:
     ) -> None:
         self._team = team
         self._shape = shape = ProductShape.of(weight)
-        self._code = Compiled(build_wide_product(shape, form), cache)
+        self._code = Compiled.by(cache, build_wide_product, shape, form)
         self._bias = torch.zeros(shape.padded_out) if bias is None else padded_bias(weight, bias)
         self._own = torch.zeros(team.num_threads, wide_step.product_own_bytes(shape), dtype=torch.uint8)
         arguments = np.zeros(wide_step.NUM_PRODUCT_ARGUMENTS, np.int64)

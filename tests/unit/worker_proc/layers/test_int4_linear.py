@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from folovllm.worker_proc.device import Placement
 from folovllm.worker_proc.kernels.cpu import int4
-from folovllm.worker_proc.kernels.cpu.llvm import prepare
+from folovllm.worker_proc.kernels.cpu.compiled import prepare
 from folovllm.worker_proc.kernels.cpu.team import find_team
 from folovllm.worker_proc.layers.int4_linear import Int4Kernels, Int4Linear, packed_linear
 from folovllm.worker_proc.layers.norm import RMSNorm

@@ -7,7 +7,8 @@ import torch
 pytest.importorskip("llvmlite", reason="kernels for the CPU are compiled by llvmlite")
 
 from folovllm.worker_proc.kernels.cpu.barrier import barrier_function
-from folovllm.worker_proc.kernels.cpu.llvm import I64, Compiled, Kernel, prepare
+from folovllm.worker_proc.kernels.cpu.compiled import Compiled, prepare
+from folovllm.worker_proc.kernels.cpu.llvm import I64, Kernel
 from folovllm.worker_proc.kernels.cpu.team import Team, find_team
 
 COUNTER, THREADS, YIELD, THREAD_NUM, ROUNDS, PLACES, SEEN, WORK = range(8)
@@ -49,7 +50,7 @@ def rounds_kernel() -> Kernel:
 @pytest.mark.parametrize("work", [0, 100_000])
 def test_all_have_come_before_one_goes_on(team: Team, work: int) -> None:
     rounds, threads = 50, team.num_threads
-    code = Compiled(rounds_kernel(), None)
+    code = Compiled(rounds_kernel())
     counter, places = torch.zeros(8, dtype=torch.int64), torch.zeros(2 * threads, dtype=torch.int64)
     seen = torch.full((threads, rounds), -1)
     arguments = np.zeros(8, np.int64)

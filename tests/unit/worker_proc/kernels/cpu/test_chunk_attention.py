@@ -26,8 +26,8 @@ from folovllm.worker_proc.kernels.cpu.chunk_attention import (
 )
 from folovllm.worker_proc.kernels.cpu.chunk_products import Form, best_form
 from folovllm.worker_proc.kernels.cpu.code_cache import CodeCache
+from folovllm.worker_proc.kernels.cpu.compiled import prepare
 from folovllm.worker_proc.kernels.cpu.decode_attention import HeadShape
-from folovllm.worker_proc.kernels.cpu.llvm import prepare
 from folovllm.worker_proc.kernels.cpu.team import find_team
 from folovllm.worker_proc.kv_tensors import KVTensors
 from tests.fakes.attention import PagedRequest, build_metadata, model_config, scattered_blocks

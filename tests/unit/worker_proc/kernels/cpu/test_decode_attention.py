@@ -8,8 +8,8 @@ import torch
 
 pytest.importorskip("llvmlite", reason="kernels for the CPU are compiled by llvmlite")
 
+from folovllm.worker_proc.kernels.cpu.compiled import prepare
 from folovllm.worker_proc.kernels.cpu.decode_attention import DecodeAttention, HeadShape, cut_into_parts
-from folovllm.worker_proc.kernels.cpu.llvm import prepare
 from folovllm.worker_proc.kernels.cpu.team import find_team
 
 LENGTHS = [1, 15, 16, 17, 200, 33, 64, 31, 257, 700]

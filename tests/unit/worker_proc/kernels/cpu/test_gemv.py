@@ -9,8 +9,9 @@ import torch
 
 pytest.importorskip("llvmlite", reason="kernels for the CPU are compiled by llvmlite")
 
+from folovllm.worker_proc.kernels.cpu.compiled import Compiled, prepare
 from folovllm.worker_proc.kernels.cpu.gemv import ROW_COUNTS, ProductShape, row_count
-from folovllm.worker_proc.kernels.cpu.llvm import COUNTER_LINE, I64, Compiled, Kernel, counters, prepare
+from folovllm.worker_proc.kernels.cpu.llvm import COUNTER_LINE, I64, Kernel, counters
 from folovllm.worker_proc.kernels.cpu.network import HeadProduct, padded_bias
 from folovllm.worker_proc.kernels.cpu.team import Team, find_team
 from folovllm.worker_proc.layers.blocked import BlockedWeight, BlockLayout
@@ -49,7 +50,7 @@ def test_threads_draw_their_own_shares_first_and_then_help_the_others() -> None:
         place = k.load(k.argument(3), k.integer(0), I64)
         k.store(index, k.argument(3), k.sum(place, k.integer(1)), I64)
         k.store(k.sum(place, k.integer(1)), k.argument(3), k.integer(0), I64)
-    code = Compiled(k, None)
+    code = Compiled(k)
     run = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(code.address)
 
     def drawn_by(thread: int, count: int, memory: np.ndarray[Any, np.dtype[np.int64]]) -> list[int]:
@@ -75,7 +76,7 @@ def test_threads_shares_are_all_of_the_work_and_as_equal_as_can_be() -> None:
     with k.loop(k.integer(0), k.argument(1)) as thread:
         for place, value in enumerate(k.share(k.argument(0), thread, k.argument(1))):
             k.store(value, k.argument(2), k.sum(k.product(thread, k.integer(2)), k.integer(place)), I64)
-    code = Compiled(k, None)
+    code = Compiled(k)
     run = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(code.address)
     for count in (0, 1, 7, 64):
         for threads in (1, 2, 5):

@@ -14,8 +14,8 @@ from folovllm.worker_proc.attention.backend import AttentionMetadata
 from folovllm.worker_proc.attention.paged import PagedBackend
 from folovllm.worker_proc.device import Placement, dtype_name
 from folovllm.worker_proc.kernels.cpu.chunk_attention import ChunkAttention
+from folovllm.worker_proc.kernels.cpu.compiled import prepare
 from folovllm.worker_proc.kernels.cpu.decode_attention import DecodeAttention, HeadShape
-from folovllm.worker_proc.kernels.cpu.llvm import prepare
 from folovllm.worker_proc.kernels.cpu.network import CompiledNetwork, plan_network
 from folovllm.worker_proc.kernels.cpu.team import find_team
 from folovllm.worker_proc.kv_tensors import KVTensors

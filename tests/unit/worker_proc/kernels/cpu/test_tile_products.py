@@ -9,8 +9,8 @@ import llvmlite.binding as llvm
 
 from folovllm.worker_proc.kernels.cpu.chunk_attention import allow_tiles
 from folovllm.worker_proc.kernels.cpu.chunk_products import Form
+from folovllm.worker_proc.kernels.cpu.compiled import prepare
 from folovllm.worker_proc.kernels.cpu.gemv import ProductShape
-from folovllm.worker_proc.kernels.cpu.llvm import prepare
 from folovllm.worker_proc.kernels.cpu.network import WideHead
 from folovllm.worker_proc.kernels.cpu.team import Team, find_team
 from folovllm.worker_proc.kernels.cpu.tile_products import TILE, UNIT, expanded_bytes, takes

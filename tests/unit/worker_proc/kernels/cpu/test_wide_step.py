@@ -16,8 +16,8 @@ from folovllm.worker_proc.attention.paged import PagedBackend
 from folovllm.worker_proc.device import Placement
 from folovllm.worker_proc.kernels.cpu.chunk_attention import ChunkAttention, allow_tiles
 from folovllm.worker_proc.kernels.cpu.chunk_products import Form
+from folovllm.worker_proc.kernels.cpu.compiled import prepare
 from folovllm.worker_proc.kernels.cpu.decode_attention import DecodeAttention, HeadShape
-from folovllm.worker_proc.kernels.cpu.llvm import prepare
 from folovllm.worker_proc.kernels.cpu.network import FEW_ROWS, CompiledNetwork, plan_network
 from folovllm.worker_proc.kernels.cpu.team import find_team
 from folovllm.worker_proc.kernels.cpu.wide_step import wide_form
