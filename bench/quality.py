@@ -23,9 +23,9 @@ from folovllm.frontend.model_hub import resolve
 from folovllm.frontend.tokenizer import Tokenizer
 from folovllm.worker_proc.device import Placement, set_threads
 from folovllm.worker_proc.models.registry import CausalLM, build_model
-from folovllm.worker_proc.quantization.calibration import CalibrationLinears, run_over
+from folovllm.worker_proc.quantization.calibration import CalibrationLinears, round_over, run_over
 from folovllm.worker_proc.quantization.config import Scheme, read_gptq_config
-from folovllm.worker_proc.quantization.quantizer import round_to_nearest
+from folovllm.worker_proc.quantization.quantizer import Curvature, round_to_nearest
 from folovllm.worker_proc.quantization.storage import Quantized
 from folovllm.worker_proc.quantize import load_model
 from folovllm.worker_proc.weights import load_weights
@@ -87,12 +87,11 @@ def rounded_to_nearest(folder: pathlib.Path, scheme: Scheme) -> CausalLM:
     load_weights(model, folder)
 
     def rounding(
-        prefix: str, _parts: Mapping[str, int], weight: torch.Tensor, _hessian: Callable[[], torch.Tensor]
+        prefix: str, _parts: Mapping[str, int], weight: torch.Tensor, _curvature: Callable[[], Curvature]
     ) -> Quantized | None:
         return round_to_nearest(weight, scheme) if prefix else None
 
-    linears.rounding = rounding
-    run_over(model, torch.zeros(1, 2, dtype=torch.int64))
+    round_over(model, linears, torch.zeros(1, 2, dtype=torch.int64), rounding)
     return model
 
 

@@ -23,10 +23,10 @@ from folovllm.common.model_config import read_model_config
 from folovllm.common.quantize_job import QuantizeJob, read_job, work_folder
 from folovllm.worker_proc.device import Placement, choose_device, place, resolve_dtype, set_threads
 from folovllm.worker_proc.models.registry import CausalLM, build_model
-from folovllm.worker_proc.quantization.calibration import CalibrationLinears, hessian_of, perplexity, run_over
+from folovllm.worker_proc.quantization.calibration import CalibrationLinears, curvature_of, perplexity, round_over
 from folovllm.worker_proc.quantization.checkpoint import packed_tensors, split_outputs, write_checkpoint
 from folovllm.worker_proc.quantization.config import Scheme
-from folovllm.worker_proc.quantization.quantizer import Recipe, quantize
+from folovllm.worker_proc.quantization.quantizer import Curvature, Recipe, quantize
 from folovllm.worker_proc.quantization.registry import linear_maker, type_around
 from folovllm.worker_proc.quantization.storage import Quantized
 from folovllm.worker_proc.weights import checkpoint_dtype, checkpoint_files, load_weights
@@ -102,23 +102,22 @@ class _Work:
         with tqdm(total=total, desc="Quantizing", unit="layer", dynamic_ncols=True, disable=None) as bar:
 
             def rounding(
-                prefix: str, parts: Mapping[str, int], weight: torch.Tensor, hessian: Callable[[], torch.Tensor]
+                prefix: str, parts: Mapping[str, int], weight: torch.Tensor, curvature: Callable[[], Curvature]
             ) -> Quantized | None:
                 if prefix == "":  # the head
                     return None
-                rounded = self._round(prefix, parts, weight, hessian)
+                rounded = self._round(prefix, parts, weight, curvature)
                 bar.update(1)
                 return rounded
 
-            self._linears.rounding = rounding
-            hidden = run_over(self.model, sequences)
+            exact, rough = round_over(self.model, self._linears, sequences, rounding)
             if head:
                 weight = dict(self.model.checkpoint_tensors())[_EMBEDDING if self._tied else f"{_HEAD}.weight"]
-                self._round("", {_HEAD: weight.shape[0]}, weight, lambda: hessian_of(hidden))
+                self._round("", {_HEAD: weight.shape[0]}, weight, lambda: curvature_of(exact, rough))
                 bar.update(1)
 
     def _round(
-        self, prefix: str, parts: Mapping[str, int], weight: torch.Tensor, hessian: Callable[[], torch.Tensor]
+        self, prefix: str, parts: Mapping[str, int], weight: torch.Tensor, curvature: Callable[[], Curvature]
     ) -> Quantized:
         for name, size in (*parts.items(), ("its input", weight.shape[1])):
             if size % (32 // self._recipe.scheme.bits):
@@ -128,7 +127,7 @@ class _Work:
             tensors = safetensors.torch.load_file(path, device=str(weight.device))
             rounded = Quantized(tensors["numbers"], tensors["zeros"], tensors["scales"], tensors["groups"])
         else:
-            rounded = quantize(weight, hessian(), self._recipe)
+            rounded = quantize(weight, curvature(), self._recipe)
             _keep(path, rounded)
         for name, part in split_outputs(rounded, parts).items():
             self.packed[f"{prefix}{name}"] = packed_tensors(part, self._recipe.scheme)

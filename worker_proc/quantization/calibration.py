@@ -1,8 +1,12 @@
 """A network that quantizes itself while it runs over calibration text.
 
-Each linear layer, called with the inputs of the whole text, collects its Hessian, rounds its weight and answers with
-the product of the *rounded* weight: whatever comes after it sees, and makes up for, the errors made so far ("true
-sequential"). One pass over the network is all it takes, and no layer needs to be known by its place in it.
+Each linear layer, called with the inputs of the whole text, collects what is to be known about them, rounds its weight
+and answers with the product of the *rounded* weight: whatever comes after it sees, and makes up for, the errors made so
+far ("true sequential"). One pass over the network is all it takes, and no layer needs to be known by its place in it.
+
+The text goes through twice at once, as two batches: the first by the exact weights, the second by the rounded ones. So
+a layer knows not only its inputs as they have become, X', but also what they should be, X, and its product is to be
+that of X: see `quantizer`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -16,17 +20,17 @@ from folovllm.worker_proc.layers.blocked import BlockedWeight
 from folovllm.worker_proc.layers.linear import Linear, LinearLayer
 from folovllm.worker_proc.layers.norm import RMSNorm
 from folovllm.worker_proc.models.registry import CausalLM
-from folovllm.worker_proc.quantization.quantizer import Hessian
+from folovllm.worker_proc.quantization.quantizer import Curvature
 from folovllm.worker_proc.quantization.storage import Quantized
 
-_ROWS = 4096  # a Hessian takes that many inputs at a time: they are copied to float32
+_ROWS = 4096  # so many inputs are copied to float32 at a time
 
-Rounding = Callable[[str, Mapping[str, int], torch.Tensor, Callable[[], torch.Tensor]], Quantized | None]
-"""(prefix, parts, weight [N, K], what computes the Hessian [K, K]) → the rounded weight; None leaves it as it is."""
+Rounding = Callable[[str, Mapping[str, int], torch.Tensor, Callable[[], Curvature]], Quantized | None]
+"""(prefix, parts, weight [N, K], what computes the curvature) → the rounded weight; None leaves it as it is."""
 
 
 class CalibrationLinears:
-    """The maker of layers that round themselves, by `rounding`, at their next call once it is set."""
+    """The maker of layers that round themselves, by `rounding`, at their next call once it is set; see `round_over`."""
 
     def __init__(self, placement: Placement) -> None:
         self._placement = placement
@@ -52,13 +56,15 @@ class _CalibrationLinear:
         return self._dense.num_bytes
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self._maker.rounding is not None and not self._rounded:
-            self._rounded = True
-            weight = self._dense.weight
-            rounded = self._maker.rounding(self._prefix, self._parts, weight, lambda: hessian_of(x))
-            if rounded is not None:
-                weight.copy_(rounded.dequantize())
-        return self._dense(x)
+        if self._maker.rounding is None or self._rounded:
+            return self._dense(x)
+        self._rounded = True
+        weight, (exact, rough) = self._dense.weight, x.chunk(2)
+        output = self._dense(exact)
+        rounded = self._maker.rounding(self._prefix, self._parts, weight, lambda: curvature_of(exact, rough))
+        if rounded is not None:
+            weight.copy_(rounded.dequantize())
+        return torch.cat([output, self._dense(rough)])
 
     def of_normed(self, hidden: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
         return self(norm(hidden))
@@ -76,12 +82,15 @@ class _CalibrationLinear:
         """The weight stays as it is: it will be rounded in place."""
 
 
-def hessian_of(x: torch.Tensor) -> torch.Tensor:
-    """Xᵀ · X of inputs [T, K]: float32 [K, K]."""
-    hessian = Hessian(x.shape[1], x.device)
-    for rows in x.split(_ROWS):
-        hessian.add(rows)
-    return hessian.sum
+def curvature_of(exact: torch.Tensor, rough: torch.Tensor) -> Curvature:
+    """Of inputs [T, K] as they should be and as they are."""
+    size = exact.shape[1]
+    hessian, cross = (torch.zeros(size, size, device=exact.device) for _ in range(2))
+    for should, are in zip(exact.split(_ROWS), rough.split(_ROWS), strict=True):
+        rows = are.float()
+        hessian.addmm_(rows.t(), rows)
+        cross.addmm_(rows.t(), should.float())
+    return Curvature(hessian, cross)
 
 
 class WholeSequences:
@@ -103,6 +112,19 @@ def run_over(model: CausalLM, sequences: torch.Tensor) -> torch.Tensor:
     count, length = sequences.shape
     positions = torch.arange(length, device=sequences.device).repeat(count)
     return model.forward(sequences.flatten(), positions, WholeSequences(length))
+
+
+def round_over(
+    model: CausalLM, linears: CalibrationLinears, sequences: torch.Tensor, rounding: Rounding
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rounds all layers of `model`, made by `linears`, on token ids [sequences, length].
+
+    Returns:
+        Hidden states [sequences · length, hidden_size] by the exact weights and by the rounded ones.
+    """
+    linears.rounding = rounding
+    exact, rough = run_over(model, sequences.repeat(2, 1)).chunk(2)
+    return exact, rough
 
 
 def perplexity(model: CausalLM, sequences: torch.Tensor) -> float:

@@ -13,8 +13,11 @@ are treated in blocks of 32: inside one the update follows each column, the colu
 one matrix product, since single columns would read and write the whole weight for each.
 
 Elimination looks ahead only: a column that was rounded early never learns what the later ones could not make up for. So
-every column is rounded twice more, to where the error is least given all others (coordinate descent; it takes a tenth
-off the error of the products).
+every column is rounded again, to where the error is least given all others, and so is every scale (coordinate descent).
+
+What layers before have got wrong comes in with the inputs: they are X', and should be X. So it is not W that is
+rounded, but the weight whose products with X' are nearest to X · Wᵀ: transposed, it is Wᵀ + H⁻¹ · X'ᵀ · (X - X') · Wᵀ
+(GPTAQ, Li et al. 2025).
 
 Columns of large H_ii should come first, while many others can still make up for them. Activation order (`desc_act`)
 sorts all columns so, and deals groups out in that order: whoever computes must permute inputs. Without it, groups stay
@@ -35,6 +38,7 @@ _BLOCK = 32
 _PASSES = 2
 _SHRINKS = tuple(1.0 - step / 40 for step in range(17))  # scales that are tried: from the full range down to 0.6 of it
 _NEGATIVE = tuple(-shrink for shrink in _SHRINKS)
+_LARGEST_SCALE = 65504.0  # of float16
 _SMALLEST_SCALE = 2.0**-23  # still a number above 0 in float16 after it has shrunk
 
 
@@ -61,29 +65,29 @@ class Recipe:
             raise ValueError(f"damping is {self.damping:g}: it must be a number above 0")
 
 
-class Hessian:
-    """Xᵀ · X over all inputs seen so far, in float32."""
+@dataclasses.dataclass(frozen=True)
+class Curvature:
+    """What the error of a layer's products depends on, float32 [K, K]; X' are its inputs, X what they should be.
 
-    def __init__(self, in_features: int, device: torch.device) -> None:
-        self.sum = torch.zeros(in_features, in_features, device=device)
-        self.num_rows = 0
+    Attributes:
+        hessian: X'ᵀ · X'.
+        cross: X'ᵀ · X.
+    """
 
-    def add(self, x: torch.Tensor) -> None:
-        """Counts the inputs [T, in_features] in."""
-        rows = x.float()
-        self.sum.addmm_(rows.t(), rows)
-        self.num_rows += x.shape[0]
+    hessian: torch.Tensor
+    cross: torch.Tensor
 
 
-def quantize(weight: torch.Tensor, hessian: torch.Tensor, recipe: Recipe) -> Quantized:
-    """Rounds `weight` [N, K] for inputs whose Xᵀ · X is `hessian` [K, K].
+def quantize(weight: torch.Tensor, inputs: Curvature, recipe: Recipe) -> Quantized:
+    """Rounds `weight` [N, K] for these inputs.
 
     Raises:
-        ModelError: the Hessian holds a number that is not finite.
+        ModelError: they hold a number that is not finite.
     """
-    if not bool(torch.isfinite(hessian).all()):
+    if not bool(torch.isfinite(inputs.hessian).all() & torch.isfinite(inputs.cross).all()):
         raise ModelError("the model's activations are not finite: it cannot be quantized")
-    work, curvature = weight.float().t().contiguous(), hessian.float().clone()
+    work, curvature = weight.float().t().contiguous(), inputs.hessian.clone()
+    drift = (inputs.cross - inputs.hessian) @ work
     silent = curvature.diagonal() == 0  # inputs that are always 0: any number does
     curvature.diagonal()[silent] = 1.0
     work[silent] = 0.0
@@ -94,7 +98,7 @@ def quantize(weight: torch.Tensor, hessian: torch.Tensor, recipe: Recipe) -> Qua
     if not recipe.desc_act:
         order = _within_groups(importance, size)
     upper = _cholesky_of_inverse(curvature[order][:, order], recipe.damping)
-    ordered = work[order]
+    ordered = work[order] + upper.t() @ (upper @ drift[order])
     columns = _Columns(ordered.clone(), importance[order], recipe.scheme)
     columns.round_all(upper)
     curvature.diagonal().add_(recipe.damping * importance.mean())
@@ -173,9 +177,7 @@ class _Columns:
             work[end:].addmm_(upper[start:end, end:].t(), errors, alpha=-1)
 
     def improve(self, exact: torch.Tensor, curvature: torch.Tensor) -> None:
-        """Rounds every column once more, to where the error is least given all other columns as they are by now.
-
-        Scales and zeros stay.
+        """Numbers, then scales, are moved to where the error is least given all others as they are by now.
 
         Args:
             exact: the weight [K, N].
@@ -184,9 +186,13 @@ class _Columns:
         groups = torch.arange(len(exact), device=exact.device) // self._group_size
         zeros, scales = torch.stack(self.zeros).float()[groups], torch.stack(self.scales).float()[groups]
         pull = curvature @ (exact - (self.numbers.float() - zeros) * scales)  # minus half the error's gradient
-        for start in range(0, len(exact), _BLOCK):
-            end = min(start + _BLOCK, len(exact))
-            moves = torch.empty_like(exact[start:end])
+        self._improve_numbers(scales, pull, curvature)
+        self._improve_scales(zeros, pull, curvature)
+
+    def _improve_numbers(self, scales: torch.Tensor, pull: torch.Tensor, curvature: torch.Tensor) -> None:
+        for start in range(0, len(pull), _BLOCK):
+            end = min(start + _BLOCK, len(pull))
+            moves = torch.empty_like(pull[start:end])
             for column in range(start, end):
                 scale, old = scales[column], self.numbers[column].float()
                 wanted = old + pull[column] / curvature[column, column] / scale
@@ -196,6 +202,19 @@ class _Columns:
                 pull[column:end].addr_(curvature[column:end, column], moves[column - start], alpha=-1)
             pull[:start].addmm_(curvature[:start, start:end], moves, alpha=-1)
             pull[end:].addmm_(curvature[end:, start:end], moves, alpha=-1)
+
+    def _improve_scales(self, zeros: torch.Tensor, pull: torch.Tensor, curvature: torch.Tensor) -> None:
+        """One group after another; the error is a parabola in each scale."""
+        for group, scale in enumerate(self.scales):
+            members = slice(group * self._group_size, (group + 1) * self._group_size)
+            steps = self.numbers[members].float() - zeros[members]
+            slope = (steps * pull[members]).sum(0)
+            bend = (steps * (curvature[members, members] @ steps)).sum(0)
+            wanted = scale.float() + slope / bend.clamp_(min=torch.finfo(bend.dtype).tiny)
+            usable = torch.isfinite(wanted) & (wanted.abs() >= _SMALLEST_SCALE) & (wanted.abs() <= _LARGEST_SCALE)
+            self.scales[group] = torch.where(usable, wanted, scale.float()).half()
+            moved = steps * (self.scales[group].float() - scale.float())
+            pull.addmm_(curvature[:, members], moved, alpha=-1)
 
     def _begin_group(self, column: int, start: int, errors: torch.Tensor, upper: torch.Tensor) -> None:
         """Chooses the scales of the group that begins at `column`, for its columns as they are by now.

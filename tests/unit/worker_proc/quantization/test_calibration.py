@@ -8,9 +8,15 @@ import torch
 from folovllm.common.model_config import read_model_config
 from folovllm.worker_proc.device import Placement
 from folovllm.worker_proc.models.registry import CausalLM, build_model
-from folovllm.worker_proc.quantization.calibration import CalibrationLinears, hessian_of, perplexity, run_over
+from folovllm.worker_proc.quantization.calibration import (
+    CalibrationLinears,
+    curvature_of,
+    perplexity,
+    round_over,
+    run_over,
+)
 from folovllm.worker_proc.quantization.config import Scheme
-from folovllm.worker_proc.quantization.quantizer import round_to_nearest
+from folovllm.worker_proc.quantization.quantizer import Curvature, round_to_nearest
 from folovllm.worker_proc.quantization.storage import Quantized
 from folovllm.worker_proc.weights import load_weights
 from tests.fakes.tiny_models import FAMILIES, load_reference, make_model
@@ -44,24 +50,30 @@ def test_each_layer_sees_what_the_rounded_ones_before_it_give(tmp_path: pathlib.
     model, linears = load(tmp_path)
     exact = run_over(model, SEQUENCES)
     seen: list[str] = []
+    drifts: list[float] = []
 
     def rounding(
-        prefix: str, parts: Mapping[str, int], weight: torch.Tensor, hessian: Callable[[], torch.Tensor]
+        prefix: str, parts: Mapping[str, int], weight: torch.Tensor, curvature: Callable[[], Curvature]
     ) -> Quantized | None:
         seen.append(f"{prefix}{'+'.join(parts)}")
-        assert weight.shape == (sum(parts.values()), len(hessian()))
+        found = curvature()
+        assert weight.shape == (sum(parts.values()), len(found.hessian))
+        drifts.append(float((found.cross - found.hessian).norm() / found.hessian.norm()))
         return round_to_nearest(weight, Scheme(4, 16, sym=False))
 
-    linears.rounding = rounding
-    first, second = run_over(model, SEQUENCES), run_over(model, SEQUENCES)
+    untouched, first = round_over(model, linears, SEQUENCES, rounding)
+    second = run_over(model, SEQUENCES)
     layer = ["self_attn.q_proj+k_proj+v_proj", "self_attn.o_proj", "mlp.gate_proj+up_proj", "mlp.down_proj"]
     assert seen == [f"model.layers.{index}.{name}" for index in range(2) for name in layer]  # once each, in order
     assert linears.num_layers == len(seen) + 1  # and the head
-    assert torch.equal(first, second)  # the pass that rounds is one over the rounded network
+    torch.testing.assert_close(untouched, exact)
+    assert drifts[0] == 0 and all(1e-4 < drift < 0.5 for drift in drifts[1:])
+    torch.testing.assert_close(first, second)  # the pass that rounds is one over the rounded network
     assert 1e-3 < (first - exact).norm() / exact.norm() < 0.5
 
 
-def test_the_hessian_of_many_rows() -> None:
-    x = torch.randn(5000, 8, generator=torch.Generator().manual_seed(0))
-    rows = x.bfloat16().float()
-    torch.testing.assert_close(hessian_of(x.bfloat16()), rows.t() @ rows, atol=1e-2, rtol=1e-4)
+def test_the_curvature_of_many_rows() -> None:
+    exact, rough = torch.randn(2, 5000, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = curvature_of(exact, rough)
+    torch.testing.assert_close(found.hessian, rough.float().t() @ rough.float(), atol=1e-2, rtol=1e-4)
+    torch.testing.assert_close(found.cross, rough.float().t() @ exact.float(), atol=1e-2, rtol=1e-4)
