@@ -53,11 +53,11 @@ from folovllm.worker_proc.kernels.cpu.llvm import COUNTER_LINE, F32, I64, Inner,
     ATTENTION,  # a function, called with the address of its arguments
     ATTENTION_ARGUMENTS,
     ATTENTION_STRIDE,  # bytes from one layer's to the next's
-    HIDDEN,  # float32 [row count, hidden stride], and so on: see `StepSizes`
+    HIDDEN,  # float32 [row count, hidden stride], and so on: see `StepSizes` (of many rows ACTIVATED is 16-bit)
     HEADS,
     GATE_UP,
     ACTIVATED,
-    OWN,  # of each thread, `StepSizes.own` numbers
+    OWN,  # of each thread, `StepSizes.own` numbers (of many rows `wide_step.own_bytes`)
     QUERY,  # 16-bit [rows, query heads · head_dim]
     ATTENDED,
     ZEROS,  # float32, for products without a base

@@ -1,7 +1,7 @@
 """Products of many bf16 rows with a weight in oneDNN's blocks (or in 4 bits), as vector code for other kernels to call.
 
 Work is cut into units of 32 outputs: a unit of the weight, at most some 100 kB, meets all rows and stays in the cache
-meanwhile, so every weight is read once from memory. Sums are float32. Two forms, chosen as in `chunk_products`:
+meanwhile, so every weight is read once from memory. Sums are float32. Two forms; `wide_step.wide_form` says which:
 
     AMX     tiles of 16 x 32 numbers: 32 rows and 32 outputs are four tiles of sums, two of rows and two of weights
     PAIRS   `vdpbf16ps`: 8 rows and 32 outputs are sixteen vectors of sums; two neighbouring inputs of a row, spread

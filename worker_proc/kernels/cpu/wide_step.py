@@ -6,8 +6,9 @@
     last norm
 
 What differs from a step of a few rows: rows are normed once, by one thread each, and are bf16 from there on, as
-`tile_products` wants them; SiLU is computed where the sums of gate and up are, so that 32 by 32 of them never leave the
-nearest cache; decoding requests and chunks each have their attention. Hidden states stay float32 from layer to layer.
+`tile_products` wants them, and so is what comes out of SiLU, which is computed a panel at a time: sums of gate and up,
+256 rows by 32, never leave the thread's own cache. Decoding requests and chunks each have their attention. Hidden
+states stay float32 from layer to layer.
 
 Why one call: some 450 operators of torch cost 40 ms a step on two cores, most of it spent waking threads that fell
 asleep between two of them. Milliseconds of a step of SmolLM2-135M without its logits (2 cores of a Xeon with AMX):
