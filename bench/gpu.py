@@ -28,6 +28,7 @@ import pathlib
 import random
 import statistics
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -180,10 +181,14 @@ def workloads(sizes: Sizes, wanted: Sequence[str] = ALL) -> dict[str, Workload]:
     return {name: run for name, run in known.items() if name.split()[0] in wanted}
 
 
-def measure(run: Callable[[int], Figures], repeats: int) -> dict[str, Any]:
-    """Medians of `repeats` runs after one that warms up; each with prompts of its own, so that no prefix is found."""
-    cold = run(1000)
-    runs = [run(seed) for seed in range(1, repeats + 1)]
+def measure(name: str, run: Callable[[int], Figures], repeats: int) -> dict[str, Any]:
+    """Medians of `repeats` runs after one that warms up.
+
+    Each run has prompts of its own: with seeds that workloads share, a prompt of one would begin as one of another did,
+    and be found in the prefix cache.
+    """
+    seed = zlib.crc32(name.encode())
+    cold, *runs = [run(seed + turn) for turn in range(repeats + 1)]
     medians = {key: statistics.median(each[key] for each in runs) for key in runs[0]}
     return {"median": medians, "first": cold, "runs": runs}
 
@@ -217,6 +222,12 @@ class Bench:
         self.results[name] = result
         print(name, {key: round(value, 3) for key, value in result["median"].items()}, flush=True)
 
+    def measure(self, name: str, run: Callable[[int], Figures]) -> dict[str, Any]:
+        """Measures and notes one workload."""
+        result = measure(name, run, self.repeats)
+        self.note(name, result)
+        return result
+
     def run(self, wanted: Mapping[str, Workload], label: str = "", changed: EngineOptions | None = None) -> float:
         """The workloads on one engine; gives the seconds from its start to its first token."""
         options = self.options() | (changed or {})
@@ -225,7 +236,7 @@ class Bench:
             generate(llm, random_prompts([16], 0), [1])
             seconds = time.perf_counter() - start
             for name, run in wanted.items():
-                self.note(f"{label}{name}", measure(functools.partial(run, llm), self.repeats))
+                self.measure(f"{label}{name}", functools.partial(run, llm))
         return seconds
 
     def run_flash_attn(self, wanted: Mapping[str, Workload]) -> None:
@@ -252,9 +263,10 @@ class Bench:
         }
         with LLM(str(folder), **self.options()) as llm:
             for name, run in wanted.items():
-                self.note(name, measure(functools.partial(run, llm), self.repeats))
-            prompts = measure(functools.partial(prefill, size.w4b_requests, size.w4b_prompt, llm), self.repeats)
-            self.note(f"{Q4} {label} prompts", prompts)
+                self.measure(name, functools.partial(run, llm))
+            prompts = self.measure(
+                f"{Q4} {label} prompts", functools.partial(prefill, size.w4b_requests, size.w4b_prompt, llm)
+            )
             load_s = sum(each.seconds for each in llm.startup.phases if "weights" in each.phase)
         step_ms = [self.results[name]["median"]["ms per step"] for name in wanted]
         steps = dict(zip(size.q4_requests, step_ms, strict=True))
@@ -273,7 +285,7 @@ class Bench:
                 return {"output tokens/s": count * size.server_output / seconds}
 
             for count in size.server_streams:
-                self.note(f"{SERVER} {count} streams", measure(functools.partial(streams, count), self.repeats))
+                self.measure(f"{SERVER} {count} streams", functools.partial(streams, count))
 
     def fp8_effect(self) -> None:
         """What FP8 does to the logits, in this process: the engines are not running."""

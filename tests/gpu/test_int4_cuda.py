@@ -17,8 +17,8 @@ from tests.fakes.oracle import GreedyOracle, random_prompts
 pytestmark = pytest.mark.gpu
 
 CUDA = torch.device("cuda")
-SHAPES = [(4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072), (1152, 576)]  # Qwen3-0.6B's; one with padding
-ROWS = (1, 2, 8, 20, 33, 64, 100, 256, 300)
+SHAPES = [(1024, 2048), (6144, 1024), (1152, 576)]  # of Qwen3-0.6B; one with padding
+ROWS = (1, 8, 33, 100, 300)
 TIE_GAP = 0.15  # logits of such a model spread by about 1.2; bf16 moves them by some hundredths
 
 
