@@ -3,7 +3,8 @@
 An eager step launches some 300 kernels from Python; on the measured machine that takes 12 ms, four times as long as
 1,024 tokens take on an H100. A captured one is a single launch. Its shape is fixed, so tokens are laid out with room to
 spare: first the decoding requests (up to a bucket), then the chunks' tokens (up to another). What is not filled is
-padding: a length of 0, a place of -1 in the cache, tiles without tokens. Block tables are those of the persistent rows.
+padding: a length of 0, a place of -1 in the cache, tiles without tokens. Which token goes where is planned on the host
+and sent in one copy (`step_plan`); ids, positions and places are made from it on the device, inside the graph.
 
 A prompt that is the only one in its step, whole and without decodes beside it, has passes of its own: its attention
 needs no cache and goes through cuDNN. Other steps of more than 4,096 tokens stay eager: from some 5,000 tokens on the
@@ -21,18 +22,18 @@ from folovllm.common.log import get_logger
 from folovllm.worker_proc.attention.backend import AttentionStep
 from folovllm.worker_proc.attention.triton_paged import TritonPagedBackend
 from folovllm.worker_proc.graph_memory import GraphMemory
-from folovllm.worker_proc.host_to_device import upload
 from folovllm.worker_proc.input_batch import InputBatch
 from folovllm.worker_proc.kernels.triton.paged_prefill import FIELDS, plan_tiles
+from folovllm.worker_proc.kernels.triton.step_layout import lay_out_step
 from folovllm.worker_proc.kv_tensors import KVTensors
 from folovllm.worker_proc.models.registry import CausalLM
 from folovllm.worker_proc.request_states import RequestStates
+from folovllm.worker_proc.step_plan import PassInputs, Scheduled, StepPlan
 
 _CHUNK_BUCKETS = (0, 64, 128, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096)
 _PROMPT_BUCKETS = (*_CHUNK_BUCKETS, *range(5120, 16385, 1024))
 _DECODE_BUCKETS = (0, 8, 32, 64, 128, 256, 512)
 _SPARE_TILES = 32  # a chunk's last tile may be partly filled: so many chunks more than full tiles fit
-_NO_PLACE = -1
 _NO_TILES: Final = np.zeros((0, FIELDS), np.int32)
 
 logger = get_logger(__name__)
@@ -55,7 +56,12 @@ class ForwardKey:
 
 
 class ForwardGraphs:
-    """Captures and replays forward passes; `memory` is what all graphs share."""
+    """Captures and replays forward passes; `memory` is what all graphs share.
+
+    Attributes:
+        plan: of the step that runs.
+        selected: [num_slots, hidden_size]; after a pass the hidden states of the tokens that are sampled after.
+    """
 
     def __init__(
         self,
@@ -70,47 +76,59 @@ class ForwardGraphs:
         self._kv = kv
         self._states = states
         self._memory = memory
-        device = states.device
-        self._decode_buckets = [size for size in _DECODE_BUCKETS if size < states.limits.num_slots]
-        self._decode_buckets.append(states.limits.num_slots)
+        device, most = states.device, states.limits.num_slots
+        self._decode_buckets = [size for size in _DECODE_BUCKETS if size < most]
+        self._decode_buckets.append(most)
         self._most = min(_PROMPT_BUCKETS[-1], states.limits.max_num_batched_tokens)
-        size = self._decode_buckets[-1] + _PROMPT_BUCKETS[-1]
-        self._input_ids, self._positions, self._places = (
-            torch.zeros(size, dtype=torch.int64, device=device) for _ in range(3)
-        )
-        self._slots, self._seq_lens = (
-            torch.zeros(self._decode_buckets[-1], dtype=torch.int64, device=device) for _ in range(2)
-        )
-        self._tiles = torch.zeros(self._num_tiles(_CHUNK_BUCKETS[-1]), FIELDS, dtype=torch.int32, device=device)
+        max_tiles = max(self._num_tiles(tokens) for tokens in _PROMPT_BUCKETS)
+        self._inputs = PassInputs.empty(most + _PROMPT_BUCKETS[-1], max_tiles, device)
+        self.plan = StepPlan(most, max_tiles, device)
+        embeddings = model.parts().embedding
+        self.selected = embeddings.new_zeros(most, embeddings.shape[1])
         self._takes_prompts = kv.data.dtype.itemsize == 2  # for float32 cuDNN has none; an FP8 cache is to be read
         self._graphs: dict[ForwardKey, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
 
     def forward(self, batch: InputBatch) -> torch.Tensor | None:
         """Hidden states [T, hidden_size] of the step's tokens; None if there is no graph for such a step."""
-        metadata = batch.metadata
-        num_decodes, num_tokens = metadata.num_decodes, len(batch.input_ids) - metadata.num_decodes
+        metadata, index = batch.metadata, batch.index
+        lens = np.array(metadata.query_lens), np.array(metadata.seq_lens)
+        step = Scheduled(index.host_slots, *lens, metadata.num_decodes, np.flatnonzero(index.samples))
+        if (key := self.prepare(step)) is None:
+            return None
+        hidden, count = self.run(key, step), step.num_decodes
+        chunks = hidden[key.decodes : key.decodes + step.num_chunk_tokens]
+        return torch.cat((hidden[:count], chunks)) if count else chunks
+
+    def prepare(self, step: Scheduled) -> ForwardKey | None:
+        """The captured pass for the step, captured now if need be; None if there is none."""
+        num_tokens, count = step.num_chunk_tokens, step.num_decodes
         if num_tokens > self._most:
             return None
-        if self._takes_prompts and num_tokens and metadata.seq_lens == [num_tokens]:
+        if self._takes_prompts and count == 0 and step.seq_lens.tolist() == [num_tokens]:
             key = ForwardKey(0, _bucket(_PROMPT_BUCKETS, num_tokens), is_prompt=True)
-            tiles = _NO_TILES
         elif num_tokens <= _CHUNK_BUCKETS[-1]:
-            key = self._key(metadata.seq_lens[:num_decodes], num_tokens)
-            rows, tile_tokens = batch.index.host_slots[num_decodes:], self._backend.tile_sizes(key.tokens)[1]
-            chunk_lens = metadata.query_lens[num_decodes:], metadata.seq_lens[num_decodes:]
-            tiles = plan_tiles(*chunk_lens, rows, key.decodes, tile_tokens) if num_tokens else _NO_TILES
+            key = self._key(step.seq_lens[:count].tolist(), num_tokens)
         else:
             return None
-        if len(tiles) > self._num_tiles(key.tokens):
+        tile_tokens = self._backend.tile_sizes(key.tokens)[1]
+        if int((-(-step.query_lens[count:] // tile_tokens)).sum()) > self._num_tiles(key.tokens):
             return None
-        captured = self._graphs.get(key) or self._capture(key)
-        if captured is None:
-            return None
-        graph, hidden = captured
-        self._fill(batch, key, tiles)
+        return key if key in self._graphs or self._capture(key) else None
+
+    def run(self, key: ForwardKey, step: Scheduled) -> torch.Tensor:
+        """Hidden states of the pass's tokens, padding between decodes and chunks and after them.
+
+        The step is counted as computed on the device.
+        """
+        tiles, count = _NO_TILES, step.num_decodes
+        if key.tokens:
+            chunk_lens = step.query_lens[count:].tolist(), step.seq_lens[count:].tolist()
+            tile_tokens = self._backend.tile_sizes(key.tokens)[1]
+            tiles = plan_tiles(*chunk_lens, step.slots[count:], key.decodes, tile_tokens)
+        self.plan.fill(step, key.decodes, tiles, self._num_tiles(key.tokens))
+        graph, hidden = self._graphs[key]
         graph.replay()
-        chunks = hidden[key.decodes : key.decodes + num_tokens]
-        return torch.cat((hidden[:num_decodes], chunks)) if num_decodes else chunks
+        return hidden
 
     def _key(self, decode_lens: list[int], num_tokens: int) -> ForwardKey:
         decodes = next(size for size in self._decode_buckets if size >= len(decode_lens))
@@ -122,52 +140,34 @@ class ForwardGraphs:
     def _num_tiles(self, tokens: int) -> int:
         return tokens // self._backend.tile_sizes(tokens)[1] + _SPARE_TILES
 
-    def _fill(
-        self, batch: InputBatch, key: ForwardKey, tiles: "np.ndarray[tuple[int, int], np.dtype[np.int32]]"
-    ) -> None:
-        """Lays the step's tokens out as the graph expects them."""
-        metadata, count = batch.metadata, batch.metadata.num_decodes
-        end = key.decodes + len(batch.input_ids) - count
-        for buffer, values in ((self._input_ids, batch.input_ids), (self._positions, batch.positions)):
-            buffer[:count] = values[:count]
-            buffer[key.decodes : end] = values[count:]
-        self._places[key.decodes : end] = metadata.slot_mapping[count:]
-        self._places[end : key.decodes + key.tokens] = _NO_PLACE
-        self._slots[:count] = batch.index.slots[:count]
-        self._seq_lens[:count] = metadata.seq_lens_device[:count]
-        self._seq_lens[count : key.decodes] = 0
-        if key.is_prompt or not key.tokens:
-            return
-        padded = np.zeros((self._num_tiles(key.tokens), FIELDS), np.int32)
-        padded[: len(tiles)] = tiles
-        self._tiles[: len(padded)] = upload(padded, self._states.device)
-
-    def _capture(self, key: ForwardKey) -> tuple[torch.cuda.CUDAGraph, torch.Tensor] | None:
-        self._seq_lens.zero_()
-        self._places.fill_(_NO_PLACE)
-        self._tiles.zero_()
+    def _capture(self, key: ForwardKey) -> bool:
+        self.plan.clear()
         captured = self._memory.capture(lambda: self._compute(key))
-        if captured is not None:
-            self._graphs[key] = captured
-            logger.debug("captured a forward pass: %s", key)
-        return captured
+        if captured is None:
+            return False
+        self._graphs[key] = captured
+        logger.debug("captured a forward pass: %s", key)
+        return True
 
     def _compute(self, key: ForwardKey) -> torch.Tensor:
-        size = key.decodes + key.tokens
+        size, num_tiles, states, plan = key.decodes + key.tokens, self._num_tiles(key.tokens), self._states, self.plan
+        rows = states.token_ids, states.block_table, states.num_computed
+        lay_out_step(plan, rows, self._inputs, (key.decodes, key.tokens, num_tiles), self._kv.block_size)
+        inputs, attention = self._inputs, self._attention(key, num_tiles)
+        hidden = self._model.forward(inputs.input_ids[:size], inputs.positions[:size], attention)
+        torch.index_select(hidden, 0, plan.sampling_tokens, out=self.selected)
+        return hidden
+
+    def _attention(self, key: ForwardKey, num_tiles: int) -> AttentionStep:
+        places = self._inputs.places[: key.decodes + key.tokens]
         if key.is_prompt:
-            attention: AttentionStep = self._backend.begin_prompt(self._kv, self._places[:size])
-            return self._model.forward(self._input_ids[:size], self._positions[:size], attention)
+            return self._backend.begin_prompt(self._kv, places)
+        decodes = self.plan.decode_slots[: key.decodes], self.plan.decode_lens[: key.decodes]
+        table = self._states.block_table
         if not key.tokens:
-            decodes = self._slots[: key.decodes], self._seq_lens[: key.decodes]
-            attention = self._backend.begin_decode(self._kv, *decodes, self._states.block_table, key.parts)
-            return self._model.forward(self._input_ids[:size], self._positions[:size], attention)
-        attention = self._backend.begin_padded(
-            self._kv,
-            self._states.block_table,
-            (self._slots[: key.decodes], self._seq_lens[: key.decodes], key.parts),
-            (self._tiles[: self._num_tiles(key.tokens)], self._places[:size], key.decodes),
-        )
-        return self._model.forward(self._input_ids[:size], self._positions[:size], attention)
+            return self._backend.begin_decode(self._kv, *decodes, table, key.parts)
+        chunks = self._inputs.tiles[:num_tiles], places, key.decodes
+        return self._backend.begin_padded(self._kv, table, (*decodes, key.parts), chunks)
 
 
 def _bucket(buckets: Sequence[int], count: int) -> int:
