@@ -10,7 +10,8 @@ from typing import Any
 
 import folovllm
 
-RESULTS = pathlib.Path(__file__).resolve().parent / "results"
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
 
 
 def machine() -> dict[str, Any]:
@@ -41,7 +42,7 @@ def write_json(name: str, data: dict[str, Any]) -> pathlib.Path:
     command = " ".join(["python -m", f"bench.{pathlib.Path(sys.argv[0]).stem}", *sys.argv[1:]])
     content = {"machine": machine(), "command": command, **data}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {path.relative_to(RESULTS.parent.parent)}")
+    print(f"wrote {path.relative_to(ROOT)}")
     return path
 
 

@@ -5,7 +5,8 @@
 Every engine is a process of its own, under an interpreter of its own if need be, and is stopped (SIGSTOP) while another
 is measured. Each round goes through all works, and at each work through all engines, which begin in turn. Prompts are
 random token ids, new in every round; sampling is greedy; answers have exactly the length asked for. What an engine saw
-as prompt is compared with what it was sent. Engines that are not installed are left out and named.
+as prompt is compared with what it was sent. Engines that are not installed are left out and named. With `--bits 4` each
+has its own 4-bit form of the same weights: GPTQ in groups of 64 here, Q4_1 in llama.cpp.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from bench.peers.figures import limit_of, remarks, tables
 from bench.peers.peer import PeerError
 from bench.peers.process import ROOT, PeerProcess
 from bench.peers.rounds import Rounds, progress
-from bench.peers.work import QUICK, WORKS, Work, prompts_for
+from bench.peers.work import QUICK, WORKS, Work, in_four_bits, prompts_for
 from folovllm.common.config import cache_dir, child_environment
 from folovllm.common.model_config import read_model_config
 from folovllm.frontend.model_hub import resolve
@@ -73,7 +74,10 @@ class Opening:
         python = given.python.get(name, sys.executable)
         if not is_installed(kind, python):
             raise PeerError(f"its interpreter has no package {kind.package}")
-        form = pathlib.Path(given.form.get(name) or kind.form(self._model, self._work_folder, python))
+        make_form = kind.form if given.bits == 16 else kind.four_bits
+        if make_form is None:
+            raise PeerError("it has no 4-bit form here")
+        form = pathlib.Path(given.form.get(name) or make_form(self._model, self._work_folder, python))
         sizes = {
             "threads": given.threads,
             "max_model_len": max(work.prompt_len + work.output_len for work in self._works) + 16,
@@ -166,6 +170,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument(
         "--form", action=_ByName, default={}, metavar="NAME=PATH", help="the model as the engine wants it [is made]"
     )
+    parser.add_argument("--bits", type=int, choices=[16, 4], default=16, help="of the weights [16]")
     parser.add_argument("--works", nargs="+", choices=[w.name for w in WORKS], default=[w.name for w in WORKS])
     parser.add_argument("--rounds", type=int, default=3, help="rounds; medians are reported [3]")
     parser.add_argument("--threads", type=int, default=2, help="threads of each engine [2]")
@@ -215,6 +220,8 @@ def main() -> None:
     if given.quick:
         given.rounds, given.warm_up_s = 1, 0.0
     works = [work for work in (QUICK if given.quick else WORKS) if work.name in given.works]
+    if given.bits == 4:
+        works = in_four_bits(works)
     end_in_order()
     opening = Opening(given, model, works)
     name = given.result + ("-quick" if given.quick else "")
@@ -224,7 +231,7 @@ def main() -> None:
         rounds = Rounds(peers, works, given.seed)
         for turn in range(given.rounds):
             measured["limits"].append(measure_limits(model, given.threads))
-            if (model / "tokenizer.json").exists():
+            if given.bits == 16 and (model / "tokenizer.json").exists():
                 measured["generate_s"].append(generate_s(model, given.threads))
             rounds.run(turn)
             content = result(given, opening, rounds, measured)

@@ -24,6 +24,7 @@ FIGURES = {
     "m7": ("m7_gptq", "Tokens per second with 16-bit and 4-bit weights, and what 4 bits cost in perplexity"),
     "compare_cpu": ("compare_cpu", "Tokens per second of each engine; dashed: what the machine allows"),
     "compare_cpu_qwen3": ("compare_cpu_qwen3", "The same for Qwen3-0.6B's shape"),
+    "compare_cpu_4bit": ("compare_cpu_4bit", "Tokens per second with 4-bit weights"),
     "startup": ("startup", "When each phase of the start ran"),
 }
 PAGE = pathlib.Path(__file__).resolve().parent.parent / "docs" / "performance.md"
@@ -146,8 +147,10 @@ def m7(result: dict[str, Any]) -> str:
 def startup(result: dict[str, Any]) -> str:
     rows = [
         ["`import folovllm`", f"{result['import_ms']:.1f} ms", "50 ms"],
-        ["warm start to the first token", f"{result['first_token_s']:.2f} s", "8 s"],
+        ["warm start to the first token of `LLM(model)`", f"{result['first_token_s']:.2f} s", "8 s"],
         ["of these, in no phase of the table", f"{result['unexplained_s']:.2f} s", "0.3 s"],
+        ["of `folovllm generate`, as it is printed", f"{result['generate_first_token_s']:.2f} s", "3 s"],
+        ["the same until the process has ended", f"{result['generate_ended_s']:.2f} s", ""],
     ]
     phases = [
         [phase["process"], phase["phase"], f"{phase['start_s']:.2f}", f"{phase['seconds']:.2f}"]
@@ -315,6 +318,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "server_overhead": server_overhead,
     "compare_cpu": compare_cpu,
     "compare_cpu_qwen3": compare_cpu,
+    "compare_cpu_4bit": compare_cpu,
     "soak": of_result(soak),
     "mutated_bodies": of_result(mutated_bodies),
     "server_streams": server_streams,

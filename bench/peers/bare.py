@@ -51,7 +51,7 @@ class Bare:
     def __init__(self, options: Options) -> None:
         assert options.max_model_len is not None and options.max_num_seqs is not None
         self._config = EngineConfig(
-            model=options.model,
+            model=options.form,
             dtype="bfloat16",
             device="cpu",
             cpu_threads=options.threads,

@@ -9,7 +9,14 @@ from bench.peers.peer import PeerError
 
 _CONVERT = ["optimum-cli", "export", "openvino", "--task", "text-generation-with-past", "--weight-format", "fp16"]
 _CONVERT_S = 900
+_QUANTIZE = """
+import ctypes, sys, llama_cpp
+params = llama_cpp.llama_model_quantize_default_params()
+params.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_1
+sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), ctypes.byref(params)) != 0)
+"""
 _BOTH_SIZES = ("max_model_len", "max_num_seqs")
+MakeForm = Callable[[pathlib.Path, pathlib.Path, str], pathlib.Path]
 
 
 class Kind(NamedTuple):
@@ -22,6 +29,7 @@ class Kind(NamedTuple):
         install: commands that make such an interpreter, one a line.
         form: gives the model as the engine wants it, from the model's folder, a folder to write to, and the engine's
             interpreter.
+        four_bits: the same with 4-bit weights; None for an engine that is not compared so.
         environment: what is set for its process.
         is_ours: it runs with this project's own settings for child processes.
         sizes: which of max_model_len and max_num_seqs it has to be told when it is opened; the others see from each
@@ -32,7 +40,8 @@ class Kind(NamedTuple):
     file: str
     package: str
     install: str = ""
-    form: Callable[[pathlib.Path, pathlib.Path, str], pathlib.Path] = lambda model, _work, _python: model
+    form: MakeForm = lambda model, _work, _python: model
+    four_bits: MakeForm | None = None
     environment: tuple[str, ...] = ()
     is_ours: bool = False
     sizes: tuple[str, ...] = ()
@@ -46,6 +55,27 @@ def as_gguf(model: pathlib.Path, work: pathlib.Path, _python: str) -> pathlib.Pa
     if not path.exists():
         write_gguf(model, path)
     return path
+
+
+def as_q4_1(model: pathlib.Path, work: pathlib.Path, python: str) -> pathlib.Path:
+    """llama.cpp's own Q4_1 of the model in bfloat16: 5 bits a weight, the head's 8.5 (32 weights share a scale)."""
+    path = work / f"{model.name}-q4_1.gguf"
+    if not path.exists():
+        unfinished = path.with_suffix(".part")
+        source = as_gguf(model, work, python)
+        command = [python, "-c", _QUANTIZE, str(source), str(unfinished)]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=_CONVERT_S)
+        if done.returncode:
+            raise PeerError(f"llama.cpp cannot quantize the model: {last_line(done.stderr)}")
+        unfinished.rename(path)
+    return path
+
+
+def as_gptq(model: pathlib.Path, _work: pathlib.Path, _python: str) -> pathlib.Path:
+    """What `folovllm quantize` makes of the model; written once."""
+    from bench.quantized import quantized_copy
+
+    return quantized_copy(model, quick=False)
 
 
 def as_openvino(model: pathlib.Path, work: pathlib.Path, python: str) -> pathlib.Path:
@@ -68,16 +98,19 @@ def as_openvino(model: pathlib.Path, work: pathlib.Path, python: str) -> pathlib
 
 
 KINDS = {
-    "own": Kind("FoloVLLM", "own", "folovllm", is_ours=True, sizes=_BOTH_SIZES),
-    "bare": Kind("its worker alone", "bare", "folovllm", is_ours=True, sizes=_BOTH_SIZES),
+    "own": Kind("FoloVLLM", "own", "folovllm", four_bits=as_gptq, is_ours=True, sizes=_BOTH_SIZES),
+    "bare": Kind("its worker alone", "bare", "folovllm", four_bits=as_gptq, is_ours=True, sizes=_BOTH_SIZES),
     "transformers": Kind("transformers", "hf", "transformers", "pip install torch transformers"),
     "llama_cpp": Kind(
         "llama.cpp",
         "llamacpp",
         "llama_cpp",
         'CMAKE_ARGS="-DGGML_NATIVE=ON" pip install --no-binary llama-cpp-python llama-cpp-python\n'
-        "(a C++ compiler; the GGUF in bfloat16 is written by bench/peers/gguf_file.py)",
+        "(a C++ compiler; the GGUF in bfloat16 is written by bench/peers/gguf_file.py. GCC 12 drops the tiles' sizes\n"
+        "before ldtilecfg, and 4-bit products end with SIGILL on a processor with AMX: put\n"
+        '`asm volatile("" : : "m"(tc));` before `_tile_loadconfig(&tc);` in ggml-cpu/amx/mmq.cpp)',
         as_gguf,
+        as_q4_1,
     ),
     "openvino": Kind(
         "OpenVINO GenAI",

@@ -15,7 +15,7 @@ class Own:
     def __init__(self, options: Options) -> None:
         assert options.max_num_seqs is not None
         self._llm = LLM(
-            options.model,
+            options.form,
             dtype="bfloat16",
             device="cpu",
             cpu_threads=options.threads,

@@ -51,6 +51,12 @@ QUICK = tuple(
     work._replace(num_requests=min(work.num_requests, 3), prompt_len=work.prompt_len // 64, output_len=length)
     for work, length in zip(WORKS, (6, 4, 4, 1, 4), strict=True)
 )
+GOALS_4_BITS = {"decode_1": 1.2}
+
+
+def in_four_bits(works: Sequence[Work]) -> list[Work]:
+    """The same with goals for 4-bit weights. Their bytes differ from engine to engine, so no limit is shown."""
+    return [work._replace(limit="", ratio_goal=GOALS_4_BITS.get(work.name), share_goal=None) for work in works]
 
 
 def prompts_for(work: Work, turn: int, seed: int) -> list[list[int]]:

@@ -72,6 +72,14 @@ def test_engines_that_cannot_be_opened_are_named_and_the_others_go_on(made: list
     assert [process.is_stopped for process in made] == [True, True]
 
 
+def test_engines_without_a_four_bit_form_are_named(made: list[FakeProcess]) -> None:
+    words = ["--engines", "llama_cpp", "transformers", "--bits", "4", "--form", "llama_cpp=x.gguf", "--warm-up-s", "0"]
+    opening = compare_cpu.Opening(given(*words), pathlib.Path("model"), QUICK)
+    with opening.opened() as peers:
+        assert list(peers) == ["llama_cpp"]
+    assert opening.not_run == {"transformers": "it has no 4-bit form here"}
+
+
 def test_only_our_own_processes_get_our_settings(made: list[FakeProcess]) -> None:
     arguments = given("--engines", "own", "llama_cpp", "--warm-up-s", "0", "--form", "llama_cpp=x.gguf")
     with compare_cpu.Opening(arguments, pathlib.Path("model"), QUICK).opened():

@@ -71,6 +71,36 @@ def test_a_file_that_is_there_is_not_written_again(tmp_path: pathlib.Path) -> No
     assert catalog.as_openvino(tmp_path / "model", tmp_path, "python") == tmp_path / "model-openvino"
 
 
+def make_llama_cpp(folder: pathlib.Path, quantize: str) -> str:
+    """An interpreter whose `llama_cpp.llama_model_quantize(source, target, params)` has this body."""
+    (folder / "packages").mkdir()
+    (folder / "packages" / "llama_cpp.py").write_text(
+        "import ctypes\nLLAMA_FTYPE_MOSTLY_Q4_1 = 3\n"
+        "class Params(ctypes.Structure):\n    _fields_ = [('ftype', ctypes.c_int)]\n"
+        "llama_model_quantize_default_params = Params\n"
+        f"def llama_model_quantize(source, target, params):\n    {quantize}\n"
+    )
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={folder}/packages exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    return str(python)
+
+
+def test_llama_cpps_four_bits_are_made_by_itself_and_once(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"16 bits")
+    python = make_llama_cpp(tmp_path, "open(target, 'wb').write(b'4: ' + open(source, 'rb').read()); return 0")
+    path = catalog.as_q4_1(tmp_path / "model", tmp_path, python)
+    assert path.read_bytes() == b"4: 16 bits"
+    assert catalog.as_q4_1(tmp_path / "model", tmp_path, "no interpreter") == path
+
+
+def test_a_model_that_llama_cpp_does_not_quantize_says_why(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"x")
+    with pytest.raises(PeerError, match="cannot quantize the model: OSError: no room"):
+        catalog.as_q4_1(tmp_path / "model", tmp_path, make_llama_cpp(tmp_path, "raise OSError('no room')"))
+    assert not (tmp_path / "model-q4_1.gguf").exists()
+
+
 def make_converter(folder: pathlib.Path, script: str) -> str:
     """An interpreter's path beside which `optimum-cli` is this script."""
     folder.mkdir()

@@ -26,6 +26,13 @@ def test_prefill_counts_the_prompts_over_the_whole_call() -> None:
     assert w.tokens_per_s(work, answer(seconds=1.5, first_s=1.4)) == pytest.approx(3 / 1.5)
 
 
+def test_four_bits_have_one_goal_and_no_limit() -> None:
+    works = w.in_four_bits(w.WORKS)
+    assert [work.name for work in works] == [work.name for work in w.WORKS]
+    assert {work.name: work.ratio_goal for work in works if work.ratio_goal} == {"decode_1": 1.2}
+    assert not any(work.limit or work.share_goal for work in works)
+
+
 def test_prompts_are_the_same_for_all_and_new_in_every_turn() -> None:
     work = w.WORKS[1]
     prompts = w.prompts_for(work, turn=0, seed=0)
