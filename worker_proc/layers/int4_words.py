@@ -18,6 +18,7 @@ import dataclasses
 from typing import Final
 
 import torch
+import torch.nn.functional as F
 
 from folovllm.worker_proc.quantization.storage import InGroups, Quantized
 
@@ -79,31 +80,38 @@ def choose_chunk(in_features: int, group_size: int) -> int | None:
 
 
 def pack_words(weight: Quantized) -> Int4Words | None:
-    """The weight in words, on the device it is on; None if its groups or scales are of an odd kind."""
+    """The weight in words, on the device its numbers are on; None if its groups or scales are of an odd kind."""
     grouped = InGroups.of(weight)
     if grouped is None:
         return None
-    in_features, out_features = grouped.numbers.shape
+    in_features, device = grouped.numbers.shape[0], grouped.numbers.device
     chunk = choose_chunk(in_features, grouped.group_size)
     if chunk is None:
         return None
-    fields = grouped.numbers.new_zeros(_padded(in_features, chunk), out_features)
-    fields[:in_features] = grouped.numbers
-    fields = fields.view(-1, 2, CHUNKS // 2, chunk // 2, 2, out_features)  # block, word, chunk, pair, half, output
-    words = torch.zeros(fields.shape[0], chunk // 2, 2, out_features, dtype=torch.int32, device=fields.device)
-    for place in range(CHUNKS // 2):
-        for half in range(2):
-            part = fields[:, :, place, :, half].transpose(1, 2)  # block, pair, word, output
-            words |= part.to(torch.int32) << _HALF_BITS * half + _BITS * place
+    asymmetric = bool((weight.zeros != MIDDLE).any())
     return Int4Words(
-        words.flatten(0, 2).t().contiguous(),
-        grouped.scales,
-        weight.zeros.contiguous() if bool((weight.zeros != MIDDLE).any()) else None,
-        None if grouped.order is None else grouped.order.to(torch.int32),
+        _words(grouped.numbers, chunk),
+        grouped.scales.to(device),
+        weight.zeros.contiguous().to(device) if asymmetric else None,
+        None if grouped.order is None else grouped.order.to(device, torch.int32),
         in_features,
         grouped.group_size,
         chunk,
     )
+
+
+def _words(numbers: torch.Tensor, chunk: int) -> torch.Tensor:
+    """Numbers [K, N] → words [N, blocks · chunk]. Few operators: a model has hundreds of weights to be loaded."""
+    in_features, out_features = numbers.shape
+    missing = _padded(in_features, chunk) - in_features
+    if missing:
+        numbers = F.pad(numbers, (0, 0, 0, missing))
+    fields = numbers.view(-1, 2, CHUNKS // 2, chunk // 2, 2, out_features)  # block, word, chunk, pair, half, output
+    pairs = fields[..., 0, :].to(torch.int32) | fields[..., 1, :].to(torch.int32) << _HALF_BITS
+    words = pairs[:, :, 0]
+    for place in range(1, CHUNKS // 2):
+        words = words | pairs[:, :, place] << _BITS * place
+    return words.permute(3, 0, 2, 1).reshape(out_features, -1)  # output, block, pair, word
 
 
 def _padded(in_features: int, chunk: int) -> int:

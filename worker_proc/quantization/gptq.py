@@ -137,19 +137,21 @@ class GPTQLinears:
         for what, number in (("inputs", in_features), ("outputs", size)):
             if number % per_word:
                 raise ModelError(f"GPTQ checkpoint: {module} has {number} {what}, no multiple of {per_word}")
-        groups, device = num_groups(in_features, scheme.group_size), self._placement.device
+        groups = num_groups(in_features, scheme.group_size)
+        # Only the numbers go to a GPU as they are stored. What is small is checked first, on the CPU: on a GPU each of
+        # the dozen questions asked of every module would wait for the device.
         tensors = {
-            "qweight": torch.empty(in_features // per_word, size, dtype=torch.int32, device=device),
-            "scales": torch.empty(groups, size, dtype=torch.float32, device=device),
+            "qweight": torch.empty(in_features // per_word, size, dtype=torch.int32, device=self._placement.device),
+            "scales": torch.empty(groups, size, dtype=torch.float32),
         }
         if self._stored is not None or not scheme.sym:
-            tensors["qzeros"] = torch.empty(groups, size // per_word, dtype=torch.int32, device=device)
+            tensors["qzeros"] = torch.empty(groups, size // per_word, dtype=torch.int32)
         if self._stored is not None and f"{module}.g_idx" in self._stored:
-            tensors["g_idx"] = torch.empty(in_features, dtype=torch.int32, device=device)
+            tensors["g_idx"] = torch.empty(in_features, dtype=torch.int32)
         elif self._stored is not None and self._config.desc_act and groups > 1:
             raise ModelError(f"GPTQ checkpoint: desc_act is set, but there is no {module}.g_idx to say the order")
         if bias or (self._stored is not None and f"{module}.bias" in self._stored):
-            tensors["bias"] = torch.empty(size, dtype=self._placement.dtype, device=device)
+            tensors["bias"] = torch.empty(size, dtype=self._placement.dtype)
         return _Part(module, in_features, size, scheme, tensors, bias)
 
 
@@ -173,8 +175,8 @@ class _Part:
     def quantized(self, maker: GPTQLinears) -> Quantized:
         """The weight's numbers, checked. Raises ModelError where they make no sense."""
         scheme, tensors = self.scheme, self.tensors
-        count, device = num_groups(self.in_features, scheme.group_size), tensors["qweight"].device
-        groups = torch.arange(self.in_features, device=device) // _inputs(scheme.group_size, self.in_features)
+        count = num_groups(self.in_features, scheme.group_size)
+        groups = torch.arange(self.in_features) // _inputs(scheme.group_size, self.in_features)
         if "g_idx" in tensors:
             given = tensors["g_idx"].to(torch.int64)
             if int(given.min()) < 0 or int(given.max()) >= count:
@@ -286,7 +288,7 @@ class GPTQLinear:
         quantized = _joined([weight for _, weight in parts])
         biases = [part.bias() for part, _ in parts]
         present = [each for each in biases if each is not None]
-        bias = torch.cat(present) if present else None
+        bias = torch.cat(present).to(self._maker.placement.device) if present else None
         if parts[0][0].scheme.bits == INT4_BITS and (make := self._maker.int4_maker()) is not None:
             layer = make(quantized, bias)
             if layer is not None:

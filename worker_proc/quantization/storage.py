@@ -30,6 +30,8 @@ class Quantized:
         zeros: uint8 [G, N].
         scales: float [G, N], as stored.
         groups: int64 [K], the group of each input.
+
+    Zeros, scales and groups may be on the CPU while the numbers are on a GPU: what is asked of them waits for nothing.
     """
 
     numbers: torch.Tensor
@@ -39,7 +41,7 @@ class Quantized:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight [N, K]."""
-        zeros, scales = self.zeros.to(dtype)[self.groups], self.scales.to(dtype)[self.groups]
+        zeros, scales = (each[self.groups].to(self.numbers.device, dtype) for each in (self.zeros, self.scales))
         return ((self.numbers.to(dtype) - zeros) * scales).t().contiguous()
 
 
@@ -49,8 +51,8 @@ class InGroups:
 
     Attributes:
         numbers: uint8 [K, N].
-        scales: float16 [G, N].
-        order: int64 [K], which input stands where; None for their own order.
+        scales: float16 [G, N], where the weight's are.
+        order: int64 [K], which input stands where; None for their own order; where the weight's groups are.
         group_size: inputs of a group; the last may be smaller.
     """
 
@@ -71,13 +73,15 @@ class InGroups:
             return None
         even = torch.arange(inputs, device=groups.device) // size
         scales = weight.scales.half()
-        faithful = torch.allclose(scales.float(), weight.scales.float(), rtol=1e-3, atol=0.0)
-        order = torch.argsort(groups, stable=True)
-        if not faithful or not torch.equal(groups[order], even):
+        exact = weight.scales.float()
+        if not torch.equal(scales.float(), exact) and not torch.allclose(scales.float(), exact, rtol=1e-3, atol=0.0):
             return None
         if torch.equal(groups, even):
             return cls(weight.numbers, scales, None, size)
-        return cls(weight.numbers[order], scales, order, size)
+        order = torch.argsort(groups, stable=True)
+        if not torch.equal(groups[order], even):
+            return None
+        return cls(weight.numbers[order.to(weight.numbers.device)], scales, order, size)
 
 
 def pack_rows(values: torch.Tensor, bits: int) -> torch.Tensor:

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -62,6 +64,20 @@ def test_chunks() -> None:
     assert [choose_chunk(inputs, 128) for inputs in (1024, 3072, 896, 4864, 11008)] == [128, 128, 16, 32, 32]
     assert [choose_chunk(3072, size) for size in (16, 48, 96, 1024)] == [16, 16, 32, 128]
     assert choose_chunk(1024, 24) is None
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize(("inputs", "group_size"), [(1024, 128), (96, 64)])
+def test_packing_waits_for_no_device(inputs: int, group_size: int, shuffled: bool) -> None:
+    """Numbers of the device meta have no values: an operator that has to know one raises an error."""
+    weight = random_weight(16, inputs, group_size, sym=False, shuffled=shuffled)
+    far = dataclasses.replace(weight, numbers=weight.numbers.to("meta"))
+    words, near = packed(far), packed(weight)
+    for name in ("words", "scales", "zeros", "order"):
+        ours, expected = getattr(words, name), getattr(near, name)
+        assert (ours is None) == (expected is None), name
+        if ours is not None:
+            assert (ours.device.type, ours.shape, ours.dtype) == ("meta", expected.shape, expected.dtype), name
 
 
 def test_what_the_kernels_do_not_take() -> None:

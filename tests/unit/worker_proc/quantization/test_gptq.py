@@ -14,11 +14,15 @@ from folovllm.common.model_config import read_model_config
 from folovllm.worker_proc.attention.torch_naive import TorchNaiveBackend
 from folovllm.worker_proc.device import Placement
 from folovllm.worker_proc.kv_tensors import KVTensors
+from folovllm.worker_proc.layers.int4_words import Int4Words, pack_words
+from folovllm.worker_proc.layers.linear import Linear
 from folovllm.worker_proc.layers.side_by_side import SideBySide
 from folovllm.worker_proc.models.registry import CausalLM, build_model
+from folovllm.worker_proc.quantization.config import read_gptq_config
 from folovllm.worker_proc.quantization.gptq import GPTQLinear, GPTQLinears
 from folovllm.worker_proc.quantization.registry import linear_maker
-from folovllm.worker_proc.weights import fill_dummy_weights, load_weights
+from folovllm.worker_proc.quantization.storage import Quantized
+from folovllm.worker_proc.weights import fill_dummy_weights, load_weights, stored_shapes
 from tests.fakes.attention import PagedRequest, build_metadata
 from tests.fakes.gptq_models import Format, make_gptq_model, move_to_quantize_config, pack_weight
 from tests.fakes.tiny_models import FAMILIES, edit_config, edit_tensors
@@ -210,6 +214,27 @@ def test_projections_run_together_where_their_inputs_have_the_same_groups(tmp_pa
         for layer in (model.model.layers[0].self_attn.qkv_proj, model.model.layers[0].mlp.gate_up_proj):
             assert isinstance(layer, GPTQLinear)
             assert isinstance(layer.layer, SideBySide) == kind
+
+
+@pytest.mark.parametrize("name", [name for name, form in FORMATS.items() if form.bits == 4])
+def test_loading_waits_for_no_device(tmp_path: pathlib.Path, name: str) -> None:
+    """The device meta stands for a GPU: an operator that has to know a value there raises an error."""
+    biases: dict[str, Any] = {"attention_bias": True, "mlp_bias": True}
+    quantized, _ = make_gptq_model(tmp_path, "llama", FORMATS[name], **biases)
+    config, far = read_model_config(quantized), Placement(torch.device("meta"), torch.bfloat16)
+    made: list[Int4Words] = []
+
+    def make(weight: Quantized, bias: torch.Tensor | None) -> Linear:
+        words = pack_words(weight)
+        assert words is not None and bias is not None and bias.is_meta
+        made.append(words)
+        return Linear(words.in_features, {"": words.out_features}, far)
+
+    assert config.quantization is not None
+    fields = read_gptq_config(config.quantization.fields)
+    linears = GPTQLinears(fields, far, stored_shapes(quantized), lambda: make)
+    load_weights(build_model(config, far, 64, linears), quantized)
+    assert len(made) >= 4 and all(words.words.is_meta and words.scales.is_meta for words in made)
 
 
 @pytest.mark.parametrize("form", [Format(), Format(sym=False, bits=8)])
