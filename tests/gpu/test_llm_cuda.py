@@ -3,13 +3,12 @@
 import pathlib
 
 import pytest
-import torch
-import transformers
 
 from folovllm import LLM, SamplingParams
 from folovllm.frontend.engine_options import EngineOptions
 from tests.fakes.model_folder import NUM_IDS, write_tokenizer
 from tests.fakes.oracle import GreedyOracle, random_prompts
+from tests.fakes.reference_shape import save_reference_shape
 from tests.fakes.tiny_models import FAMILIES, make_model
 
 pytestmark = pytest.mark.gpu
@@ -50,25 +49,8 @@ def test_seeded_samples_do_not_depend_on_the_batch(tmp_path: pathlib.Path) -> No
 
 def test_bfloat16_of_the_reference_shape_agrees_up_to_ties(tmp_path: pathlib.Path) -> None:
     """Qwen3-0.6B's shape, random weights: a bf16 answer's tokens are within bf16 rounding of float32's best."""
-    config = transformers.Qwen3Config(
-        vocab_size=151936,
-        hidden_size=1024,
-        intermediate_size=3072,
-        num_hidden_layers=28,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=4096,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = transformers.Qwen3ForCausalLM(config)
-    model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    save_reference_shape(tmp_path / "model")
     write_tokenizer(tmp_path / "model")
-    del model
-    torch.cuda.empty_cache()
     oracle = GreedyOracle(tmp_path / "model", "cuda", NUM_IDS)
     prompts = random_prompts(NUM_IDS, [1, 16, 100, 700])
     with LLM(str(tmp_path / "model"), device="cuda", gpu_memory_utilization=0.5, max_num_batched_tokens=512) as llm:

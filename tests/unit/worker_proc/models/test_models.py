@@ -15,9 +15,10 @@ from folovllm.worker_proc.attention.torch_naive import TorchNaiveBackend
 from folovllm.worker_proc.device import Placement
 from folovllm.worker_proc.kv_tensors import KVTensors
 from folovllm.worker_proc.layers.linear import DenseLinears, LinearLayer
-from folovllm.worker_proc.models.registry import MODELS, CausalLM, build_model
+from folovllm.worker_proc.models.registry import MODELS, build_model
 from folovllm.worker_proc.weights import fill_dummy_weights, load_weights
-from tests.fakes.attention import PagedRequest, build_metadata, positions_of, scattered_blocks
+from tests.fakes.attention import PagedRequest, build_metadata
+from tests.fakes.network_runner import NetworkRunner
 from tests.fakes.tiny_models import (
     FAMILIES,
     MAX_POSITIONS,
@@ -40,47 +41,10 @@ def inference() -> Iterator[None]:
         yield
 
 
-class Runner:
-    """Feeds token lists through a network in steps of given sizes and collects the logits of all tokens."""
-
-    def __init__(self, folder: pathlib.Path, backend: str, max_model_len: int = MAX_POSITIONS) -> None:
-        self.config = read_model_config(folder)
-        self.model: CausalLM = build_model(self.config, FLOAT32, max_model_len)
-        load_weights(self.model, folder)
-        heads = self.config.num_attention_heads
-        self.backend: AttentionBackend = PagedBackend(heads) if backend == "paged" else TorchNaiveBackend()
-
-    def logits(self, prompts: list[torch.Tensor], step_sizes: list[int]) -> list[torch.Tensor]:
-        """Each step gives every unfinished request its next tokens, `step_sizes` in turn (the last one repeats)."""
-        blocks, num_blocks = scattered_blocks([len(prompt) for prompt in prompts], BLOCK_SIZE)
-        kv = KVTensors(self.config, num_blocks, BLOCK_SIZE, FLOAT32)
-        requests = [PagedRequest(owned) for owned in blocks]
-        outputs: list[list[torch.Tensor]] = [[] for _ in prompts]
-        sizes = list(step_sizes)
-        while any(request.num_computed < len(prompt) for request, prompt in zip(requests, prompts, strict=True)):
-            self._step(kv, prompts, requests, outputs, sizes[0])
-            sizes = sizes[1:] or sizes
-        return [torch.cat(parts) for parts in outputs]
-
-    def _step(
-        self,
-        kv: KVTensors,
-        prompts: list[torch.Tensor],
-        requests: list[PagedRequest],
-        outputs: list[list[torch.Tensor]],
-        size: int,
-    ) -> None:
-        left = {row: len(prompt) - requests[row].num_computed for row, prompt in enumerate(prompts)}
-        counts = {row: min(size, rest) for row, rest in left.items() if rest}
-        rows = sorted(counts, key=lambda row: counts[row] != 1)
-        lengths = [counts[row] for row in rows]
-        active = [requests[row] for row in rows]
-        ids = torch.cat([prompts[row][requests[row].num_computed :][: counts[row]] for row in rows])
-        step = self.backend.begin_step(kv, build_metadata(active, lengths, BLOCK_SIZE))
-        hidden = self.model.forward(ids, positions_of(active, lengths), step)
-        for row, part in zip(rows, self.model.compute_logits(hidden).split(lengths), strict=True):
-            outputs[row].append(part)
-            requests[row].num_computed += len(part)
+def make_runner(folder: pathlib.Path, backend: str, max_model_len: int = MAX_POSITIONS) -> NetworkRunner:
+    heads = read_model_config(folder).num_attention_heads
+    chosen: AttentionBackend = PagedBackend(heads) if backend == "paged" else TorchNaiveBackend()
+    return NetworkRunner(folder, chosen, FLOAT32, max_model_len, BLOCK_SIZE)
 
 
 def prompts_of(lengths: list[int]) -> list[torch.Tensor]:
@@ -117,7 +81,7 @@ def test_logits_equal_transformers(tiny: Any, family: str, rope: str) -> None:
     expected = reference_logits(folder, prompts)
     assert max(row.std().item() for row in expected) > 0.3  # logits that differ, so that the tolerance means something
     for backend in ("torch_naive", "paged"):
-        runner = Runner(folder, backend)
+        runner = make_runner(folder, backend)
         assert_close(runner.logits(prompts, [1000]), expected)  # whole prompts
         assert_close(runner.logits(prompts, [13, 3]), expected)  # chunks, cut inside and across blocks
         assert_close(runner.logits(prompts, [9, 1]), expected)  # a chunk, then token by token
@@ -133,7 +97,7 @@ def test_L39_head_dim_and_grouped_heads(
     prompts = prompts_of([20, 9])
     expected = reference_logits(tmp_path, prompts)
     for backend in ("torch_naive", "paged"):
-        assert_close(Runner(tmp_path, backend).logits(prompts, [8, 1]), expected)
+        assert_close(make_runner(tmp_path, backend).logits(prompts, [8, 1]), expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -142,12 +106,12 @@ def test_L39_theta_in_both_spellings(tmp_path: pathlib.Path, family: str) -> Non
         make_model(tmp_path, family, rope_parameters={"rope_type": "default", "rope_theta": 1e6})
     prompts = prompts_of([40])
     expected = reference_logits(tmp_path, prompts)
-    assert_close(Runner(tmp_path, "paged").logits(prompts, [1000]), expected)
+    assert_close(make_runner(tmp_path, "paged").logits(prompts, [1000]), expected)
     edit_config(tmp_path, remove=("rope_parameters",), rope_theta=1e6, rope_scaling=None)
     assert_close(reference_logits(tmp_path, prompts), expected)
-    assert_close(Runner(tmp_path, "paged").logits(prompts, [1000]), expected)
+    assert_close(make_runner(tmp_path, "paged").logits(prompts, [1000]), expected)
     edit_config(tmp_path, rope_theta=1e4)
-    assert (Runner(tmp_path, "paged").logits(prompts, [1000])[0] - expected[0]).abs().max() > 100 * TOLERANCE
+    assert (make_runner(tmp_path, "paged").logits(prompts, [1000])[0] - expected[0]).abs().max() > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -164,7 +128,7 @@ def test_biases_and_tied_heads(tmp_path: pathlib.Path, family: str, changes: dic
     with torch.inference_mode(False):
         make_model(tmp_path, family, **changes)
     prompts = prompts_of([21])
-    assert_close(Runner(tmp_path, "paged").logits(prompts, [8]), reference_logits(tmp_path, prompts))
+    assert_close(make_runner(tmp_path, "paged").logits(prompts, [8]), reference_logits(tmp_path, prompts))
 
 
 @pytest.mark.parametrize(
@@ -180,13 +144,13 @@ def test_yarn_options(tmp_path: pathlib.Path, extra: dict[str, Any]) -> None:
     with torch.inference_mode(False):
         make_model(tmp_path, "llama", rope_parameters=ROPES["yarn"] | extra)
     prompts = prompts_of([90])
-    assert_close(Runner(tmp_path, "paged").logits(prompts, [1000]), reference_logits(tmp_path, prompts))
+    assert_close(make_runner(tmp_path, "paged").logits(prompts, [1000]), reference_logits(tmp_path, prompts))
 
 
 def test_dynamic_rope_beyond_the_original_length_is_one_fixed_table(tiny: Any) -> None:
     folder = tiny("llama", "dynamic")
     longest = 2 * MAX_POSITIONS
-    runner = Runner(folder, "paged", max_model_len=longest)
+    runner = make_runner(folder, "paged", max_model_len=longest)
     prompt = prompts_of([longest])
     whole = runner.logits(prompt, [1000])
     assert_close(whole, reference_logits(folder, prompt))  # transformers' table for a prompt of the longest length
@@ -199,7 +163,7 @@ def test_steps_that_mix_decodes_and_chunks_of_very_different_lengths(tiny: Any) 
     folder = tiny("qwen3", "default")
     prompts = prompts_of([3, 120, 60, 10, 33])
     expected = reference_logits(folder, prompts)
-    assert_close(Runner(folder, "paged").logits(prompts, [2, 1, 5, 1]), expected)
+    assert_close(make_runner(folder, "paged").logits(prompts, [2, 1, 5, 1]), expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
