@@ -14,7 +14,7 @@ also means that nothing is chosen by a stopwatch, which could let one request co
 import itertools
 import platform
 from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +24,15 @@ from folovllm.worker_proc.layers.activation import silu_and_mul
 from folovllm.worker_proc.layers.blocked import BlockedWeight, look_into
 from folovllm.worker_proc.layers.norm import RMSNorm
 
+if TYPE_CHECKING:
+    from folovllm.worker_proc.kernels.triton.skinny_gemm import SplitScratch
+
 # oneDNN's layout depends on the row count it is told to expect; what it gives for 16 serves 1 to 1,024 rows well.
 ROWS_TO_PACK_FOR = 16
 _EQUAL_ROWS = 32
 _GEMV_ROWS = 4  # up to so many rows `kernels.triton.gemv` is faster than cuBLAS
 _GEMV_COLUMNS = 4096  # it holds a row of the weight in registers
+_SKINNY_ROWS = 0  # up to so many rows `kernels.triton.skinny_gemm` takes what GEMV does not: not measured yet
 
 
 class LinearLayer(Protocol):
@@ -96,11 +100,12 @@ class DenseLinears:
 
     def __init__(self, placement: Placement) -> None:
         self._placement = placement
+        self._scratch = _split_scratch(placement)
 
     def __call__(
         self, _prefix: str, in_features: int, parts: Mapping[str, int], /, *, bias: bool = False
     ) -> LinearLayer:
-        return Linear(in_features, parts, self._placement, bias=bias)
+        return Linear(in_features, parts, self._placement, bias=bias, scratch=self._scratch)
 
 
 class Linear:
@@ -112,8 +117,19 @@ class Linear:
         blocked: where the numbers of the packed weight lie; None if it is not packed, or not known.
     """
 
-    def __init__(self, in_features: int, parts: Mapping[str, int], placement: Placement, *, bias: bool = False) -> None:
-        """`parts` gives the checkpoint's names of the stacked projections and their output sizes, in order."""
+    def __init__(
+        self,
+        in_features: int,
+        parts: Mapping[str, int],
+        placement: Placement,
+        *,
+        bias: bool = False,
+        scratch: "SplitScratch | None" = None,
+    ) -> None:
+        """`parts` gives the checkpoint's names of the stacked projections and their output sizes, in order.
+
+        `scratch`, which a network's layers share, lets programs on a GPU share the inputs of a product.
+        """
         out_features = sum(parts.values())
         self._parts = dict(parts)
         self.weight = torch.empty(out_features, in_features, dtype=placement.dtype, device=placement.device)
@@ -123,6 +139,7 @@ class Linear:
         self._batch_invariant = placement.batch_invariant
         self._use_triton = placement.use_triton
         self._dependent = placement.dependent_launch
+        self._scratch = scratch
 
     @classmethod
     def tied(cls, weight: torch.Tensor, placement: Placement) -> "Linear":
@@ -150,12 +167,16 @@ class Linear:
         """The product of the normed `hidden` [T, in_features]."""
         if self._takes_gemv(hidden):
             return self._normed_gemv(hidden, norm, gated=False)
+        if self._takes_skinny(hidden):
+            return self._normed_skinny(hidden, norm, gated=False)
         return self(norm(hidden))
 
     def gated(self, hidden: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
         """`silu(gate) · up` of the normed `hidden`, for a weight that is gate and up: [T, out_features / 2]."""
         if self._takes_gemv(hidden):
             return self._normed_gemv(hidden, norm, gated=True)
+        if self._takes_skinny(hidden):
+            return self._normed_skinny(hidden, norm, gated=True)
         gate_and_up = self(norm(hidden))
         if self._use_triton:
             from folovllm.worker_proc.kernels.triton import activation
@@ -169,6 +190,10 @@ class Linear:
             from folovllm.worker_proc.kernels.triton.gemv import add_gemv
 
             add_gemv(hidden, x, self.weight, dependent=self._dependent)
+        elif self._takes_skinny(x):
+            from folovllm.worker_proc.kernels.triton.skinny_gemm import add_skinny_gemm
+
+            add_skinny_gemm(hidden, x.contiguous(), self.weight, self._scratch, dependent=self._dependent)
         elif self._use_triton and self.bias is None:
             torch.addmm(hidden, x, self.weight.t(), out=hidden)  # cuBLAS adds while it writes the product
         else:
@@ -181,6 +206,17 @@ class Linear:
         from folovllm.worker_proc.kernels.triton.gemv import normed_gemv
 
         return normed_gemv(hidden, norm.weight, norm.eps, self.weight, gated=gated, dependent=self._dependent)
+
+    def _takes_skinny(self, x: torch.Tensor) -> bool:
+        return self._use_triton and x.shape[0] <= _SKINNY_ROWS and x.dtype != torch.float32 and self.bias is None
+
+    def _normed_skinny(self, hidden: torch.Tensor, norm: RMSNorm, *, gated: bool) -> torch.Tensor:
+        from folovllm.worker_proc.kernels.triton.skinny_gemm import skinny_gemm, takes_norm
+
+        if takes_norm(*hidden.shape):
+            given = norm.weight, norm.eps
+            return skinny_gemm(hidden, self.weight, norm=given, gated=gated, dependent=self._dependent)
+        return skinny_gemm(norm(hidden), self.weight, gated=gated, dependent=self._dependent)
 
     def checkpoint_tensors(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Where each of the checkpoint's tensors goes: (name, view into this layer's weight or bias)."""
@@ -196,6 +232,14 @@ class Linear:
             packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, ROWS_TO_PACK_FOR)
             self.blocked = look_into(packed, self.weight)
             self.weight, self._packed = packed, True
+
+
+def _split_scratch(placement: Placement) -> "SplitScratch | None":
+    if not placement.use_triton:
+        return None
+    from folovllm.worker_proc.kernels.triton.skinny_gemm import SplitScratch
+
+    return SplitScratch(placement.device)
 
 
 def in_equal_parts(product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:

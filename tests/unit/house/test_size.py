@@ -20,6 +20,7 @@ EXCEPTIONS: dict[str, str] = {
     "worker_proc/kernels/triton/paged_prefill.py:_paged_prefill": _KERNEL,
     "worker_proc/kernels/triton/sampling.py:_find_thresholds": _KERNEL,
     "worker_proc/kernels/triton/sampling.py:_pick": _KERNEL,
+    "worker_proc/kernels/triton/skinny_gemm.py:_skinny_gemm": _KERNEL,
 }
 
 _SIZE_RULE_IGNORED = re.compile(r"#\s*noqa:.*\b(C901|PLR0912)\b")

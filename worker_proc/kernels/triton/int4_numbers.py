@@ -3,11 +3,11 @@
 import triton
 import triton.language as tl
 
+from folovllm.worker_proc.kernels.triton.pdl import prefetch
 from folovllm.worker_proc.layers.int4_words import CHUNKS, MIDDLE
 
 _CHUNKS, _MIDDLE = tl.constexpr(CHUNKS), tl.constexpr(MIDDLE)
 _LINE = tl.constexpr(32)  # words of a cache line
-_PREFETCH = tl.constexpr("prefetch.global.L2 [$1]; mov.u32 $0, 0;")
 
 
 def _assembly(magic: int, operation: str) -> str:
@@ -105,16 +105,11 @@ def prefetch_words(rows, first, COUNT: tl.constexpr, LINES: tl.constexpr):
         first: number of the first word.
     """
     at = first + tl.minimum(tl.arange(0, LINES) * _LINE, COUNT - 1)
-    _prefetch(rows + at[None, :])
+    prefetch(rows + at[None, :])
 
 
 @triton.jit
 def prefetch_groups(values, stride, NUM_GROUPS: tl.constexpr, PADDED: tl.constexpr):
     """Asks for scales, or zeros, of all groups from the output on that `values` points to; PADDED: a power of two."""
     group = tl.minimum(tl.arange(0, PADDED), NUM_GROUPS - 1)
-    _prefetch(values + group * stride)
-
-
-@triton.jit
-def _prefetch(pointers):
-    tl.inline_asm_elementwise(_PREFETCH, "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+    prefetch(values + group * stride)

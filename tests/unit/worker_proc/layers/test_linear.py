@@ -3,8 +3,11 @@ import torch
 import torch.nn.functional as F
 
 from folovllm.worker_proc.device import Placement
-from folovllm.worker_proc.layers.linear import Linear, can_pack
+from folovllm.worker_proc.layers import linear as linear_module
+from folovllm.worker_proc.layers.linear import DenseLinears, Linear, can_pack
 from folovllm.worker_proc.layers.norm import RMSNorm
+from tests.fakes.int4_weights import relative_error
+from tests.fakes.triton_device import half_types, triton_device
 
 CPU = torch.device("cpu")
 
@@ -72,3 +75,29 @@ def test_products_with_what_stands_before_and_after_them() -> None:
     total = torch.ones(3, 8)
     linear.add_to(total, hidden)
     torch.testing.assert_close(total, 1 + hidden @ linear.weight.t())
+
+
+@pytest.mark.parametrize("rows", [2, 8, 18, 20])
+def test_products_of_few_rows_on_a_gpu(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """By GEMV, by skinny products with the norm in them and without, by torch."""
+    device = triton_device()
+    monkeypatch.setattr(linear_module, "_SKINNY_ROWS", 18)
+    for dtype in half_types(device):
+        placement = Placement(device, dtype, use_triton=True)
+        norm, linears = RMSNorm(32, 1e-6, placement), DenseLinears(placement)
+        linear, back = linears("", 32, {"gate": 48, "up": 48}), linears("", 48, {"down": 32})
+        norm.weight.uniform_(0.5, 1.5)
+        for layer in (linear, back):
+            for _, part in layer.checkpoint_tensors(""):
+                part.normal_()
+        hidden = torch.randn(rows, 32, generator=torch.Generator().manual_seed(rows)).to(device, dtype)
+        gate, up, down = (part.cpu().double() for layer in (linear, back) for _, part in layer.checkpoint_tensors(""))
+        normed = F.rms_norm(hidden.cpu().double(), (32,), norm.weight.cpu().double(), 1e-6)
+        gated = F.silu(normed @ gate.t()) * (normed @ up.t())
+        with torch.inference_mode():
+            product, activated = linear.of_normed(hidden, norm), linear.gated(hidden, norm)
+            total = hidden.clone()
+            back.add_to(total, activated)
+        assert relative_error(product, normed @ torch.cat((gate, up)).t()) < 5e-3
+        assert relative_error(activated, gated) < 1e-2
+        assert relative_error(total, hidden.cpu().double() + gated @ down.t()) < 1e-2
