@@ -93,3 +93,17 @@ def round_to_fp8(x):
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)  # 3 bits of the mantissa
     subnormal = (x + 24576.0) - 24576.0  # a float32 of that size has steps of 2⁻⁹, as numbers below 2⁻⁶ have here
     return tl.where(tl.abs(x) < 0.015625, subnormal, normal)
+
+
+@triton.jit
+def for_products(query, FP8: tl.constexpr):
+    """Queries of the type that they and what is read from the cache are multiplied in: their own, or float16 for FP8.
+
+    float16 has every number of float8_e4m3fn, and on Hopper one instruction makes two of them; bfloat16 takes three
+    more, two of which are slow. A query that is too large for it is clamped.
+    """
+    if FP8 and query.dtype == tl.bfloat16:
+        query = query.to(tl.float32)
+        query = tl.maximum(query, -65504.0, propagate_nan=tl.PropagateNan.ALL)
+        query = tl.minimum(query, 65504.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float16)
+    return query

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from folovllm.worker_proc.kernels.triton.cache_write import CacheLayer
+from folovllm.worker_proc.kernels.triton.cache_write import CacheLayer, for_products
 
 _LOG2_E = math.log2(math.e)
 _MANY_TOKENS = 8192
@@ -145,7 +145,7 @@ def _paged_prefill(
     in_tile = ((token < num_tokens) & (member < GROUP))[:, None] & in_head[None, :]
     in_token = (head * GROUP + member)[:, None] * HEAD_DIM + column[None, :]
     at_query = (first_token + token)[:, None] * query_stride + in_token
-    query = tl.load(query_ptr + at_query, mask=in_tile, other=0.0)
+    query = for_products(tl.load(query_ptr + at_query, mask=in_tile, other=0.0), FP8)
     keys = kv_ptr + head.to(tl.int64) * head_stride
     largest = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)

@@ -9,7 +9,7 @@ from folovllm.worker_proc.device import Placement
 from folovllm.worker_proc.kv_tensors import KVTensors
 from tests.fakes.attention import PagedRequest, build_metadata, scattered_blocks
 from tests.fakes.attention import model_config as config_of
-from tests.fakes.triton_device import triton_device
+from tests.fakes.triton_device import half_types, triton_device
 
 
 def compare(
@@ -88,6 +88,55 @@ def test_an_even_number_of_parts_that_a_length_does_not_fill() -> None:
 def test_an_fp8_cache_is_written_and_read_with_its_heads_scales(heads: tuple[int, int, int]) -> None:
     """Decodes of one part and of several, chunks with context and without: bit for bit what the reference stores."""
     compare([40, 0, 300, 20, 0], [1, 1, 1, 30, 50], heads=heads, fp8=True)
+
+
+@pytest.mark.parametrize("heads", [(4, 2, 64), (3, 1, 96)])
+def test_an_fp8_cache_of_a_model_of_16_bits(heads: tuple[int, int, int]) -> None:
+    """Products are in float16 whatever the model's type is, and a tile is as large as it is in use."""
+    for dtype in half_types(triton_device()):
+        compare([40, 0, 300, 20, 0], [1, 1, 1, 30, 50], heads=heads, dtype=dtype, fp8=True)
+
+
+def test_every_number_of_fp8_is_read_as_it_was_stored() -> None:
+    """A value of which all weights are on one key comes out as it is, whichever column and code it has."""
+    device = triton_device()
+    from folovllm.worker_proc.attention.triton_paged import HeadCounts, TritonPagedBackend
+
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    codes = torch.where(codes.isfinite(), codes, 0.0)
+    for dtype in (torch.float32, *half_types(device)):
+        kv = KVTensors(config_of(1, 64), 2, 16, Placement(device, dtype, fp8_cache=True))
+        values = torch.cat((codes, codes.roll(1))).view(8, 64)  # at even columns and at odd ones
+        kv.data[1, 1, 0, 1, :8] = values.to(device).to(torch.float8_e4m3fn)
+        kv.data[1, 0, 0, 1, :8, :8] = (torch.eye(8) * 64).to(device).to(torch.float8_e4m3fn)
+        for chosen in range(8):
+            request = PagedRequest([1], 8)
+            step = TritonPagedBackend(HeadCounts(1, 1, 64), Placement(device, dtype)).begin_step(
+                kv, build_metadata([request], [1], 16, device)
+            )
+            query, new = torch.zeros(1, 1, 64, device=device), torch.zeros(1, 2, 64, device=device)
+            query[..., chosen] = 60.0
+            found = step.attend(1, query.to(dtype), new.to(dtype))
+            assert torch.equal(found[0].float().cpu(), values[chosen].to(dtype).float())
+
+
+def test_queries_too_large_for_float16_are_clamped() -> None:
+    device = triton_device()
+    if device.type != "cuda":
+        pytest.skip("the interpreter multiplies the bits of bfloat16")
+    from folovllm.worker_proc.attention.triton_paged import HeadCounts, TritonPagedBackend
+
+    kv = KVTensors(config_of(1, 64), 2, 16, Placement(device, torch.bfloat16, fp8_cache=True))
+    kv.data[1, 0, 0, 1, 3] = 1.0
+    kv.data[1, 1, 0, 1, 3] = 7.0
+    for query_len in (1, 2):  # both kernels
+        request = PagedRequest([1], 8)
+        step = TritonPagedBackend(HeadCounts(1, 1, 64), Placement(device, torch.bfloat16)).begin_step(
+            kv, build_metadata([request], [query_len], 16, device)
+        )
+        query = torch.full((query_len, 1, 64), 1e30, dtype=torch.bfloat16, device=device)
+        found = step.attend(1, query, torch.zeros(query_len, 2, 64, dtype=torch.bfloat16, device=device))
+        assert found.eq(7.0).all()
 
 
 def test_rounding_to_fp8_is_that_of_torch() -> None:
