@@ -71,8 +71,7 @@ def _lay_out(
 ):
     program, index = tl.program_id(0), tl.arange(0, BLOCK)
     if program < num_tiles:
-        field = tl.arange(0, FIELDS)
-        planned = planned_ptr + program * FIELDS
+        planned, field = planned_ptr + program * FIELDS, tl.arange(0, FIELDS)
         tl.store(tiles_ptr + program * FIELDS + field, tl.load(planned + field).to(tl.int32))
         slot, first = tl.load(planned), tl.load(planned + 1)
         position, inside = tl.load(planned + 2) + index, index < tl.load(planned + 3)
