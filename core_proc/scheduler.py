@@ -250,7 +250,9 @@ class Scheduler:
         self._admit_suspect(step, now_s)
         if step.is_empty:
             return None
-        output, in_flight = step.build(self.counters.num_steps, self._table, now_s)
+        is_sized = self._target_itl_s is not None and step.load.is_mixed
+        expected_s = self._step_times.predict(step.load) if is_sized else 0.0
+        output, in_flight = step.build(self.counters.num_steps, self._table, now_s, expected_s)
         self.counters.num_steps += 1
         self._in_flight.append(in_flight)
         return output
@@ -561,7 +563,7 @@ class Scheduler:
 
     def _learn_step_time(self, step: StepInFlight, now_s: float) -> None:
         """The worker was free for the step when the one before was done, or when the step was made."""
-        self._step_times.observe(step.load, now_s - max(self._last_result_s, step.scheduled_at_s))
+        self._step_times.observe(step.load, now_s - max(self._last_result_s, step.scheduled_at_s), step.expected_s)
         self._last_result_s = now_s
 
     def _name_blocks(self, step: StepInFlight) -> None:

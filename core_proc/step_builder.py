@@ -23,6 +23,7 @@ class StepInFlight:
         num_computed: tokens of each slot that are in the cache when the step has run.
         load: what the step has to do.
         scheduled_at_s: when it was made.
+        expected_s: how long it was expected to take; 0 where nobody asked.
     """
 
     step_id: int
@@ -32,6 +33,7 @@ class StepInFlight:
     num_computed: Counts
     load: StepLoad
     scheduled_at_s: float
+    expected_s: float
 
 
 class StepBuilder:
@@ -90,7 +92,9 @@ class StepBuilder:
         self._append_slots += slots
         self._append_block_ids += block_ids
 
-    def build(self, step_id: int, table: SlotTable, now_s: float) -> tuple[SchedulerOutput, StepInFlight]:
+    def build(
+        self, step_id: int, table: SlotTable, now_s: float, expected_s: float = 0.0
+    ) -> tuple[SchedulerOutput, StepInFlight]:
         """Counts the step's tokens in the table; gives the message and what to remember."""
         ones = [slot for slot, num_tokens in self._others if num_tokens == 1]
         longer = [(slot, num_tokens) for slot, num_tokens in self._others if num_tokens > 1]
@@ -114,7 +118,7 @@ class StepBuilder:
             token_masks=token_masks,
         )
         epochs, num_computed = table.epoch[slots], table.num_computed[slots]
-        return output, StepInFlight(step_id, slots, epochs, samples, num_computed, self.load, now_s)
+        return output, StepInFlight(step_id, slots, epochs, samples, num_computed, self.load, now_s, expected_s)
 
 
 def _bytes(values: Slots | Sequence[int]) -> bytes:

@@ -4,6 +4,7 @@ import msgspec
 import pytest
 
 from folovllm.core_proc.request import RequestStatus
+from folovllm.core_proc.step_builder import StepInFlight
 from tests.fakes.simulated_engine import SimulatedEngine
 from tests.fakes.simulated_worker import scheduled
 
@@ -164,11 +165,13 @@ class _Clock:
 
     def __init__(self, engine: SimulatedEngine) -> None:
         self.engine = engine
+        self.steps: list[StepInFlight] = []
 
     def turn(self) -> float:
         engine = self.engine
         step = engine.schedule()
         assert step is not None
+        self.steps.append(engine.scheduler._in_flight[-1])
         counts = [count for _, count in scheduled(step)]
         prefill = sum(count for count in counts if count > 1)
         seconds = 0.02 + 0.001 * len(counts) + 0.0008 * prefill
@@ -199,6 +202,24 @@ def test_with_a_target_chunks_are_as_large_as_running_requests_allow(target_s: f
     assert max(times) <= 1.1 * target_s
     assert sum(times[5:-1]) / len(times[5:-1]) >= 0.85 * target_s
     engine.run()
+
+
+def test_a_step_remembers_what_it_was_expected_to_take_where_it_was_sized_for_a_target() -> None:
+    steps = {}
+    for target_s in (None, 0.1):
+        engine = SimulatedEngine(num_blocks=100, target_itl_s=target_s, depth=1, enable_prefix_caching=False)
+        clock = _Clock(engine)
+        engine.add(4, max_tokens=40)
+        for _ in range(10):
+            clock.turn()
+        (long,) = engine.add(100, max_tokens=1)
+        while not long.is_finished:
+            clock.turn()
+        steps[target_s] = clock.steps
+        engine.run()
+    assert {step.expected_s for step in steps[None]} == {0.0}
+    assert all((step.expected_s > 0) == step.load.is_mixed for step in steps[0.1])
+    assert any(step.load.is_mixed for step in steps[0.1])
 
 
 def test_a_target_that_cannot_be_kept_still_lets_prompts_go_on() -> None:

@@ -34,18 +34,23 @@ def gpu(load: StepLoad) -> float:
 def run(
     model: StepTimeModel, machine: Machine, target_s: float, *, prompt: int, noise: float = 0.0, decodes: int = 8
 ) -> list[float]:
-    """Steps' times while a prompt is computed beside decodes, chunk by chunk as the model says."""
+    """Steps' times while a prompt is computed beside decodes, chunk by chunk as the model says; two are in flight."""
     random_ = random.Random(1)
-    times = []
+    times: list[float] = []
     computed, context = 0, decodes * 100
-    while computed < prompt:
-        load = StepLoad(decodes, context)
-        chunk = max(16, model.max_prefill_tokens(load, computed, target_s, min(2048, prompt - computed)))
-        load = load.with_chunk(min(chunk, prompt - computed), computed)
-        times.append(machine(load) * (1 + random_.uniform(-noise, noise)))
-        model.observe(load, times[-1])
-        computed += chunk
-        context += decodes
+    in_flight: list[tuple[StepLoad, float]] = []
+    while computed < prompt or in_flight:
+        if computed < prompt:
+            load = StepLoad(decodes, context)
+            chunk = max(16, model.max_prefill_tokens(load, computed, target_s, min(2048, prompt - computed)))
+            load = load.with_chunk(min(chunk, prompt - computed), computed)
+            in_flight.append((load, model.predict(load)))
+            computed += chunk
+            context += decodes
+        if len(in_flight) == 2 or computed >= prompt:
+            load, expected_s = in_flight.pop(0)
+            times.append(machine(load) * (1 + random_.uniform(-noise, noise)))
+            model.observe(load, times[-1], expected_s)
     return times
 
 
@@ -77,18 +82,18 @@ def test_the_target_is_kept_and_used(machine: Machine, target_s: float, noise: f
     model = after_decoding(machine)
     run(model, machine, target_s, prompt=4000, noise=noise)
     times = run(model, machine, target_s, prompt=4000, noise=noise)
-    assert max(times) <= target_s * (1.05 + 2 * noise)
+    assert max(times) <= target_s * (1.0 + 2 * noise)
     whole = times[:-1]  # the last chunk is what is left
-    assert sum(whole) / len(whole) >= 0.85 * target_s
+    assert sum(whole) / len(whole) >= 0.8 * target_s
 
 
 @pytest.mark.parametrize("machine", [cpu, gpu])
 def test_the_first_prompt_ever_does_not_break_the_target(machine: Machine) -> None:
     target_s = 4 * machine(StepLoad(8, 800))
     model = after_decoding(machine)
-    times = run(model, machine, target_s, prompt=4000)
+    times = run(model, machine, target_s, prompt=8000)
     assert max(times) <= 1.1 * target_s
-    assert sum(times[4:-1]) / len(times[4:-1]) >= 0.8 * target_s
+    assert sum(times[10:-1]) / len(times[10:-1]) >= 0.8 * target_s
 
 
 def test_without_any_experience_the_first_chunk_is_small() -> None:
@@ -125,12 +130,27 @@ def test_longer_contexts_leave_less_room() -> None:
     assert far < 0.7 * near
 
 
-def test_a_pause_of_the_machine_is_left_out() -> None:
+def test_a_pause_of_the_machine_is_left_out_of_the_fit() -> None:
     model = after_decoding(cpu)
     run(model, cpu, 0.12, prompt=4000)
-    expected = model.predict(StepLoad(8, 800).with_chunk(100, 0))
-    model.observe(StepLoad(8, 800).with_chunk(100, 0), 5.0)
-    assert model.predict(StepLoad(8, 800).with_chunk(100, 0)) == pytest.approx(expected, rel=0.02)
+    load = StepLoad(8, 800).with_chunk(100, 0)
+    expected = model.predict(load)
+    model.observe(load, 5.0)
+    model.observe(load, cpu(load))
+    assert model.predict(load) == pytest.approx(expected, rel=0.02)
+
+
+def test_after_one_slow_step_the_next_is_planned_smaller_and_after_a_usual_one_as_before() -> None:
+    model = after_decoding(cpu)
+    run(model, cpu, 0.12, prompt=4000)
+    load, mixed = StepLoad(8, 800), StepLoad(8, 800).with_chunk(90, 1000)
+    usual = model.max_prefill_tokens(load, 1000, 0.12, 2048)
+    model.observe(mixed, 1.5 * cpu(mixed))
+    assert model.max_prefill_tokens(load, 1000, 0.12, 2048) < 0.75 * usual
+    model.observe(mixed, cpu(mixed))
+    assert model.max_prefill_tokens(load, 1000, 0.12, 2048) == pytest.approx(usual, rel=0.05)
+    model.observe(mixed, 0.6 * cpu(mixed))  # one fast step is no reason to plan a larger one
+    assert model.max_prefill_tokens(load, 1000, 0.12, 2048) == pytest.approx(usual, rel=0.05)
 
 
 def test_a_machine_that_becomes_slower_is_followed() -> None:
@@ -183,13 +203,61 @@ def test_after_five_steps_a_slower_machine_is_known() -> None:
 
 def test_where_steps_are_late_now_and_then_less_is_planned() -> None:
     steady, unsteady = after_decoding(cpu), after_decoding(cpu)
-    run(steady, cpu, 0.12, prompt=8000)
     random_ = random.Random(3)
 
     def sometimes_late(load: StepLoad) -> float:
         return cpu(load) * (1.4 if random_.random() < 0.08 else 1.0)
 
-    run(unsteady, sometimes_late, 0.12, prompt=8000)
+    for _ in range(3):
+        run(steady, cpu, 0.12, prompt=4000)
+        run(unsteady, sometimes_late, 0.12, prompt=4000)
+    run(unsteady, cpu, 0.12, prompt=500)  # the last steps were as fast as the other's
     load = StepLoad(8, 800)
     planned = [model.max_prefill_tokens(load, 2000, 0.12, 2048) for model in (steady, unsteady)]
     assert 0.6 * planned[0] < planned[1] < 0.9 * planned[0]
+
+
+def test_steps_that_were_late_because_nothing_was_known_are_no_reason_for_caution() -> None:
+    hasty, steady = after_decoding(cpu), after_decoding(cpu)
+    load = StepLoad(8, 800).with_chunk(64, 1000)
+    for _ in range(8):
+        hasty.observe(load, cpu(load), expected_s=cpu(load) / 3)
+        steady.observe(load, cpu(load), expected_s=cpu(load))
+    planned = [model.max_prefill_tokens(StepLoad(8, 800), 1000, 0.06, 2048) for model in (hasty, steady)]
+    assert planned[0] == planned[1]
+    hasty.observe(load, cpu(load), expected_s=cpu(load) / 3)
+    assert hasty.max_prefill_tokens(StepLoad(8, 800), 1000, 0.06, 2048) < 0.8 * planned[1]
+
+
+def test_a_step_that_nobody_sized_says_nothing_about_lateness() -> None:
+    model = after_decoding(cpu)
+    run(model, cpu, 0.12, prompt=4000)
+    usual = model.max_prefill_tokens(StepLoad(8, 800), 1000, 0.12, 2048)
+    load = StepLoad(8, 800).with_chunk(100, 1000)
+    for _ in range(40):
+        model.observe(load, cpu(load))
+    assert model.max_prefill_tokens(StepLoad(8, 800), 1000, 0.12, 2048) == pytest.approx(usual, rel=0.03)
+
+
+def test_on_a_machine_that_changes_its_speed_few_steps_are_late() -> None:
+    """60 % slower every few seconds, and back; each step 5 % off besides."""
+    random_ = random.Random(5)
+    clock = 0.0
+
+    def restless(load: StepLoad) -> float:
+        nonlocal clock
+        seconds = cpu(load) * (1.6 if clock % 6 > 3 else 1.0) * random_.gauss(1, 0.05)
+        clock += seconds
+        return seconds
+
+    model = after_decoding(cpu)
+    run(model, restless, 0.12, prompt=4000)
+    times = [time for _ in range(20) for time in run(model, restless, 0.12, prompt=4000)]
+    assert sum(time > 1.3 * 0.12 for time in times) < 0.04 * len(times)
+    assert sum(times) / len(times) > 0.6 * 0.12
+
+
+def test_a_mixed_step_has_decodes_and_tokens_of_prompts() -> None:
+    assert StepLoad(1, 10).with_chunk(1, 0).is_mixed
+    assert not StepLoad(1, 10).is_mixed
+    assert not StepLoad(0, 0).with_chunk(1, 0).is_mixed
