@@ -91,6 +91,7 @@ NUM_STEP_ARGUMENTS: Final = 33
 ) = range(12)
 NUM_LAYER_FIELDS: Final = 12
 PRODUCTS_OF_LAYER: Final = 4
+_NORMED_STEP: Final = 2 * LANES * FLOAT_BYTES  # see `norm_function`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +199,10 @@ class StepCode:
     def share(self, count: Any) -> tuple[Any, Any]:
         return self.k.share(count, self.thread, self.num_threads)
 
+    def share_of_rows(self) -> tuple[Any, Any]:
+        """First and end of this thread's rows, where a row is a piece of work."""
+        return self.share(self.rows)
+
     @contextmanager
     def drawn(self, count: Any, row: Any, weight: int) -> Iterator[Any]:
         """A loop over pieces of a product's work, named by its layer's row and its weight's field in the table."""
@@ -226,7 +231,7 @@ class StepCode:
 
     def embed(self) -> None:
         k = self.k
-        with self.shared(self.rows) as row:
+        with k.loop(*self.share_of_rows()) as row:
             token = k.load(k.argument(TOKEN_IDS), row, I64)
             source = k.sum(k.argument(EMBEDDING), k.product(token, k.integer(self.shape.hidden * ELEMENT_BYTES)))
             target = self.row_of(self.shared_rows(HIDDEN), row)
@@ -238,14 +243,16 @@ class StepCode:
         with self.shared(k.product(self.rows, heads)) as item:
             request, head = k.builder.sdiv(item, heads), k.builder.srem(item, heads)
             target = k.product(item, k.integer(shape.head_dim * ELEMENT_BYTES))
-            self.rotate(row, request, head, k.sum(k.argument(QUERY), target))
+            self.rotate(row, (request, head), self.head(request, head), k.sum(k.argument(QUERY), target))
 
-    def rotate(self, row: Any, request: Any, head: Any, target: Any) -> None:
+    def rotate(self, row: Any, place: tuple[Any, Any], source: Any, target: Any) -> None:
+        """One head, normed if heads are, at address `source`; `place`: its request and number."""
         k, dim = self.k, self.shape.head_dim
+        request, head = place
         position = k.product(k.load(k.argument(POSITIONS), request, I64), k.integer(dim * ELEMENT_BYTES))
         norm = k.sum(self.field(row, HEAD_NORM), k.product(head, k.integer(dim * ELEMENT_BYTES)))
         tables = k.sum(k.argument(COS), position), k.sum(k.argument(SIN), position)
-        k.invoke(self._rotation, self.head(request, head), norm, *tables, target)
+        k.invoke(self._rotation, source, norm, *tables, target)
 
     def head(self, request: Any, head: Any) -> Any:
         """The address of one head of the product of q, k and v."""
@@ -255,17 +262,23 @@ class StepCode:
     def write_cache(self, row: Any) -> None:
         k, shape = self.k, self.shape
         heads = k.integer(shape.num_kv_heads)
-        size = k.integer(shape.head_dim * ELEMENT_BYTES)
         with self.shared(k.product(self.rows, heads)) as item:
             request, head = k.builder.sdiv(item, heads), k.builder.srem(item, heads)
-            place = k.product(k.load(k.argument(SLOTS), request, I64), size)
-            head_bytes = k.argument(HEAD_BYTES)
-            key = k.sum(self.field(row, CACHE), k.product(head, head_bytes), place)
-            self.rotate(row, request, k.sum(k.integer(shape.num_q_heads), head), key)
-            value = self.head(request, k.sum(k.integer(shape.num_q_heads + shape.num_kv_heads), head))
-            numbers = k.load(value, k.integer(0), F32, shape.head_dim)
-            target = k.sum(key, k.product(heads, head_bytes))
-            k.store_floats(numbers, target, k.integer(0), shape.head_dim, shape.kind)
+            number = k.sum(k.integer(shape.num_q_heads), head)
+            self.rotate(row, (request, number), self.head(request, number), self.cached(row, request, head))
+            number = k.sum(number, heads)
+            self.store_value(self.head(request, number), self.cached(row, request, k.sum(head, heads)))
+
+    def cached(self, row: Any, request: Any, head: Any) -> Any:
+        """The address of a key in the cache; of a value if `head` counts on after the heads of keys."""
+        k = self.k
+        size = k.integer(self.shape.head_dim * ELEMENT_BYTES)
+        place = k.product(k.load(k.argument(SLOTS), request, I64), size)
+        return k.sum(self.field(row, CACHE), k.product(head, k.argument(HEAD_BYTES)), place)
+
+    def store_value(self, source: Any, target: Any) -> None:
+        k, dim = self.k, self.shape.head_dim
+        k.store_floats(k.load(source, k.integer(0), F32, dim), target, k.integer(0), dim, self.shape.kind)
 
 
 class _FewRows(StepCode):
@@ -330,7 +343,7 @@ class _FewRows(StepCode):
         k = self.k
         with k.loop(k.integer(0), self.rows) as row:
             target = self.row_of(self._own_rows(self.normed, self.sizes.normed), row)
-            k.invoke(self.norm, self.row_of(self.shared_rows(HIDDEN), row), weight, target)
+            k.invoke(self.norm, self.row_of(self.shared_rows(HIDDEN), row), weight, target, k.integer(_NORMED_STEP))
 
     def _widen(self) -> None:
         """The attention's output as float32."""
@@ -357,7 +370,8 @@ class _FewRows(StepCode):
         k, hidden = self.k, self.shape.hidden
         with self.shared(self.rows) as row:
             normed = self.row_of(self._own_rows(self.normed, self.sizes.normed), row)
-            k.invoke(self.norm, self.row_of(self.shared_rows(HIDDEN), row), k.argument(FINAL_NORM), normed)
+            hidden_row = self.row_of(self.shared_rows(HIDDEN), row)
+            k.invoke(self.norm, hidden_row, k.argument(FINAL_NORM), normed, k.integer(_NORMED_STEP))
             target = k.sum(k.argument(OUTPUT), k.product(row, k.integer(hidden * ELEMENT_BYTES)))
             with k.loop(k.integer(0), k.integer(hidden // LANES)) as part:
                 place = k.product(part, k.integer(LANES))
@@ -373,9 +387,12 @@ def silu(k: Kernel, x: Any) -> Any:
 
 
 def norm_function(kernel: Kernel, size: int, eps: float, kind: str, out_kind: str = "float32") -> Inner:
-    """`norm(x, weight, out)`: one row of float32 numbers normed, the weight of 16-bit numbers."""
-    f = kernel.inner("norm", 3)
-    x, weight, out = (f.argument(index) for index in range(3))
+    """`norm(x, weight, out, step)`: one row of float32 numbers normed, the weight of 16-bit numbers.
+
+    32 numbers of what comes out lie together, and the next 32 begin `step` bytes later.
+    """
+    f = kernel.inner("norm", 4)
+    x, weight, out, step = (f.argument(index) for index in range(4))
     parts = f.integer(size // LANES)
     total = f.variable(f.constant(0.0, LANES))
     with f.loop(f.integer(0), parts) as part:
@@ -385,7 +402,9 @@ def norm_function(kernel: Kernel, size: int, eps: float, kind: str, out_kind: st
     with f.loop(f.integer(0), parts) as part:
         place = f.product(part, f.integer(LANES))
         normed = f.times(f.load(x, place, F32, LANES), scale)
-        f.store_floats(f.times(normed, f.load_floats(weight, place, LANES, kind)), out, place, LANES, out_kind)
+        target = f.sum(out, f.product(f.builder.lshr(part, f.integer(1)), step))
+        half = f.product(f.builder.and_(part, f.integer(1)), f.integer(LANES))
+        f.store_floats(f.times(normed, f.load_floats(weight, place, LANES, kind)), target, half, LANES, out_kind)
     return f.end()
 
 

@@ -14,6 +14,7 @@ import llvmlite.binding as llvm
 from folovllm.common.model_config import read_model_config
 from folovllm.worker_proc.attention.paged import PagedBackend
 from folovllm.worker_proc.device import Placement
+from folovllm.worker_proc.kernels.cpu import wide_step
 from folovllm.worker_proc.kernels.cpu.chunk_attention import ChunkAttention, allow_tiles
 from folovllm.worker_proc.kernels.cpu.chunk_products import Form
 from folovllm.worker_proc.kernels.cpu.compiled import prepare
@@ -160,6 +161,24 @@ def test_a_request_does_not_depend_on_the_others(tmp_path: pathlib.Path, form: F
         together.kv.data[:, :, :, together.requests[1].blocks[0], :1] = float("nan")
         both = together.step(tokens, [1] * len(everyone), everyone)
         assert both[1].isnan().all() and not both[[0, 2, 3, 4, 5, 6]].isnan().any()
+
+
+def test_rows_shared_among_threads_come_out_as_outputs_do(
+    tmp_path: pathlib.Path, form: Form, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the last slices are shorter, or empty."""
+    make_model(tmp_path, FAMILIES[2][0], dtype=torch.bfloat16, **FAMILIES[2][1])
+    with torch.inference_mode():
+        tokens, by_outputs = random_tokens(), side(tmp_path, torch.bfloat16, form)
+        monkeypatch.setattr(wide_step, "CUT_FROM", 1)
+        monkeypatch.setattr(wide_step, "PANEL_TILES", 1)  # several slices for each thread
+        by_rows = side(tmp_path, torch.bfloat16, form)
+        for query_lens in ([40, 1, 15, 47, 3, 16, 2], [1, 1, 1, 1, 18, 2, 33], [5, 5, 5, 5, 5, 5, 5]):
+            members = decodes_first(query_lens)
+            lens = [query_lens[member] for member in members]
+            found = by_rows.step(tokens, lens, members)
+            assert torch.equal(found, by_outputs.step(tokens, lens, members))
+            assert torch.equal(by_rows.kv.data, by_outputs.kv.data)
 
 
 def test_few_decodes_go_the_way_of_few_rows(tmp_path: pathlib.Path, form: Form) -> None:
