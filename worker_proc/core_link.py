@@ -60,10 +60,12 @@ class CoreLink:
                 raise EngineStartError(f"the core refused the worker's Hello: {message.reason}")
             self._refuse("the worker is not configured yet, no step can be computed")
 
-    def receive_step(self) -> SchedulerOutput:
-        """Waits for the next step."""
+    def receive_step(self, timeout_ms: int | None = None) -> SchedulerOutput | None:
+        """Waits for the next step; None if no message has come for so long."""
         while True:
-            message = self._receive()
+            message = self._receive(timeout_ms)
+            if message is None:
+                return None
             if isinstance(message, SchedulerOutput):
                 return message
             if isinstance(message, BadFrame):
@@ -92,7 +94,8 @@ class CoreLink:
         self._socket.close(_LINGER_MS)
         self.context.term()
 
-    def _wait(self, timeout_ms: int | None) -> None:
+    def _wait(self, timeout_ms: int | None) -> bool:
+        """Whether anything came within the time."""
         ready = [source for source, _ in self._poller.poll(timeout_ms)]
         if self._parent_fd in ready:
             raise StopRequested(0)
@@ -101,11 +104,13 @@ class CoreLink:
         for fd, on_readable in self._watched.items():
             if fd in ready:
                 on_readable()
+        return bool(ready)
 
-    def _receive(self) -> CoreToWorker:
-        """Waits for the next valid message; refuses what comes before it."""
+    def _receive(self, timeout_ms: int | None = None) -> CoreToWorker | None:
+        """Waits for the next valid message; refuses what comes before it. None if none has come for so long."""
         while True:
-            self._wait(None)
+            if not self._wait(timeout_ms):
+                return None
             frames = self._socket.recv_multipart(zmq.NOBLOCK)
             try:
                 if len(frames) != 1:

@@ -40,3 +40,7 @@ class CpuSteps:
         """Logits in float32, whatever step the hidden states come from; None if there is no code for so many."""
         network = self._network()
         return None if network is None else network.logits(hidden)
+
+    def prepare_ahead(self) -> bool:
+        """See `step_graphs.StepGraphs`: code is compiled by a thread of its own."""
+        return False

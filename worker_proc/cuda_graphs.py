@@ -14,9 +14,9 @@ of 1,024 tokens.
 A step whose requests ask for more than that (penalties, biases, masks, log probabilities) is not taken: its
 forward pass is captured all the same, and the runner samples by torch's operators.
 
-Graphs are captured when they are first needed. Capturing runs the step once with nothing but padding (which compiles
-kernels and lets cuBLAS choose), then records it: some 0.1 s. All graphs share one memory pool, since they run one after
-another.
+Graphs of decode steps are captured when they are first needed. Capturing runs the step once with nothing but padding
+(which compiles kernels and lets cuBLAS choose), then records it: some 0.1 s. All graphs share one memory pool, since
+they run one after another.
 
 Prior art: CUDA graphs for decoding as in vLLM and nano-vllm (a graph per batch size); there inputs are copied into the
 graph's buffers each step.
@@ -156,6 +156,10 @@ class CudaGraphs:
     def forward(self, batch: InputBatch) -> torch.Tensor | None:
         """See `step_graphs.StepGraphs`."""
         return self._forward.forward(batch)
+
+    def prepare_ahead(self) -> bool:
+        """See `step_graphs.StepGraphs`."""
+        return not self._events[self._turn - 1].query() or self._forward.prepare_ahead()
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:  # noqa: ARG002 - one product, as fast uncaptured
         """See `step_graphs.StepGraphs`."""

@@ -6,6 +6,9 @@ spare: first the decoding requests (up to a bucket), then the chunks' tokens (up
 padding: a length of 0, a place of -1 in the cache, tiles without tokens. Which token goes where is planned on the host
 and sent in one copy (`step_plan`); ids, positions and places are made from it on the device, inside the graph.
 
+Capturing takes as long as several eager steps, so a pass is captured when it is wanted for the second time, or while
+there is nothing to do. Buckets are few for the same reason: of decodes, of tokens, and of the longest context.
+
 A prompt that is the only one in its step, whole and without decodes beside it, has passes of its own: its attention
 needs no cache and goes through cuDNN. Other steps of more than 4,096 tokens stay eager: from some 5,000 tokens on the
 device takes longer than the launches.
@@ -30,9 +33,11 @@ from folovllm.worker_proc.models.registry import CausalLM
 from folovllm.worker_proc.request_states import RequestStates
 from folovllm.worker_proc.step_plan import PassInputs, Scheduled, StepPlan
 
-_CHUNK_BUCKETS = (0, 64, 128, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096)
-_PROMPT_BUCKETS = (*_CHUNK_BUCKETS, *range(5120, 16385, 1024))
-_DECODE_BUCKETS = (0, 8, 32, 64, 128, 256, 512)
+_CHUNK_BUCKETS = (0, 64, 128, 256, 512, 1024, 1536, 2048, 3072, 4096)
+_PROMPT_BUCKETS = (*range(0, 513, 64), *range(640, 1025, 128), *range(1280, 2049, 256), *range(2560, 4097, 512))
+_PROMPT_BUCKETS = (*_PROMPT_BUCKETS, *range(5120, 16385, 1024))
+_DECODE_BUCKETS = (0, 16, 64, 256)
+_CONTEXT_BUCKETS = (1024, 4096, 16384)
 _SPARE_TILES = 32  # a chunk's last tile may be partly filled: so many chunks more than full tiles fit
 _NO_TILES: Final = np.zeros((0, FIELDS), np.int32)
 
@@ -87,6 +92,7 @@ class ForwardGraphs:
         self.selected = embeddings.new_zeros(most, embeddings.shape[1])
         self._takes_prompts = kv.data.dtype.itemsize == 2  # for float32 cuDNN has none; an FP8 cache is to be read
         self._graphs: dict[ForwardKey, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._wanted: set[ForwardKey] = set()
 
     def forward(self, batch: InputBatch) -> torch.Tensor | None:
         """Hidden states [T, hidden_size] of the step's tokens; None if there is no graph for such a step."""
@@ -113,7 +119,16 @@ class ForwardGraphs:
         tile_tokens = self._backend.tile_sizes(key.tokens)[1]
         if int((-(-step.query_lens[count:] // tile_tokens)).sum()) > self._num_tiles(key.tokens):
             return None
-        return key if key in self._graphs or self._capture(key) else None
+        if key in self._graphs:
+            return key
+        if key not in self._wanted:
+            self._wanted.add(key)
+            return None
+        return key if self._capture(key) else None
+
+    def prepare_ahead(self) -> bool:
+        """Captures a pass that was wanted; False if there is none. For when there is nothing else to do."""
+        return bool(self._wanted) and self._capture(next(iter(self._wanted)))
 
     def run(self, key: ForwardKey, step: Scheduled) -> torch.Tensor:
         """Hidden states of the pass's tokens, padding between decodes and chunks and after them.
@@ -133,14 +148,17 @@ class ForwardGraphs:
     def _key(self, decode_lens: list[int], num_tokens: int) -> ForwardKey:
         decodes = next(size for size in self._decode_buckets if size >= len(decode_lens))
         tokens = next(size for size in _CHUNK_BUCKETS if size >= num_tokens)
-        return ForwardKey(
-            decodes, tokens, self._backend.choose_parts(decodes, max(decode_lens)) if decodes else (1, 128)
-        )
+        if not decodes:
+            return ForwardKey(0, tokens)
+        longest = max(decode_lens)
+        longest = next((size for size in _CONTEXT_BUCKETS if size >= longest), self._states.limits.max_model_len)
+        return ForwardKey(decodes, tokens, self._backend.choose_parts(decodes, longest))
 
     def _num_tiles(self, tokens: int) -> int:
         return tokens // self._backend.tile_sizes(tokens)[1] + _SPARE_TILES
 
     def _capture(self, key: ForwardKey) -> bool:
+        self._wanted.discard(key)
         self.plan.clear()
         captured = self._memory.capture(lambda: self._compute(key))
         if captured is None:

@@ -44,6 +44,13 @@ class GraphMemory:
             compute()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
-            result = compute()
+        # Not `torch.cuda.graph`, which waits for the device, collects garbage and empties the allocator's cache first.
+        # The output thread may wait for its events meanwhile, which only a capture of this thread alone allows.
+        with torch.cuda.stream(stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                result = compute()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
         return graph, result

@@ -101,6 +101,11 @@ class ModelRunner:
         self._copy_blocks(arrays)
         return self._steps.run(step.step_id, arrays)
 
+    @torch.inference_mode()
+    def prepare_ahead(self) -> bool:
+        """See `step_graphs.StepGraphs`."""
+        return self._graphs.prepare_ahead()
+
     def _compute(self, step_id: int, arrays: StepArrays) -> PendingOutput:
         """A step that has been applied. One that memory does not suffice for is not counted: it comes again."""
         if (replayed := self._graphs.replay(step_id, arrays)) is not None:

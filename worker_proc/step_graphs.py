@@ -27,6 +27,10 @@ class StepGraphs(Protocol):
         """Logits [R, vocab_size] after hidden states [R, hidden_size]; None if the runner is to compute them."""
         ...
 
+    def prepare_ahead(self) -> bool:
+        """While no step comes: captures something that was wanted, unless the device is busy; False if nothing is."""
+        ...
+
 
 class NoGraphs:
     """For devices without graphs, and for runners that only measure."""
@@ -39,3 +43,6 @@ class NoGraphs:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:  # noqa: ARG002 - takes no rows
         return None
+
+    def prepare_ahead(self) -> bool:
+        return False

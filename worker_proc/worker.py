@@ -19,6 +19,8 @@ from folovllm.worker_proc.phases import Phases
 
 _OUTPUT_THREAD_BOUND_S = 1.0  # with the 0.5 s that frames linger, the grace of 1.5 s that a worker has to end
 
+_IDLE_MS = 20  # without a step for so long, there is time for what later ones will want
+
 logger = get_logger(__name__)
 
 
@@ -26,6 +28,10 @@ class Runner(Protocol):
     """What computes steps."""
 
     def execute(self, step: SchedulerOutput) -> PendingOutput: ...
+
+    def prepare_ahead(self) -> bool:
+        """Something that later steps will want; False if there is nothing."""
+        ...
 
 
 class Worker:
@@ -76,9 +82,14 @@ class Worker:
 
     def _serve(self, runner: Runner) -> None:
         assert self._outputs is not None
+        is_more_to_prepare = True
         while True:
-            step = self._link.receive_step()
-            self._outputs.send(execute(runner, step))
+            step = self._link.receive_step(_IDLE_MS if is_more_to_prepare else None)
+            if step is None:
+                is_more_to_prepare = prepare_ahead(runner)
+            else:
+                self._outputs.send(execute(runner, step))
+                is_more_to_prepare = True
 
 
 class Answer:
@@ -103,3 +114,12 @@ def execute(runner: Runner, step: SchedulerOutput) -> PendingOutput:
         logger.exception("step %d failed", step.step_id)
         text = f"{type(error).__name__}: {error}"
     return Answer(ModelRunnerOutput(step.step_id, error=text))
+
+
+def prepare_ahead(runner: Runner) -> bool:
+    """Lets the runner do something that later steps will want; False if there is nothing more of it, or it failed."""
+    try:
+        return runner.prepare_ahead()
+    except Exception:
+        logger.exception("what steps will want could not be prepared")
+        return False

@@ -63,3 +63,7 @@ def test_a_signal_ends_the_wait(link: CoreLink, signals: Signals) -> None:
     with pytest.raises(StopRequested) as stop:
         link.receive_step()
     assert stop.value.exit_code == 143
+
+
+def test_a_wait_with_a_bound_ends_without_a_step(link: CoreLink) -> None:
+    assert link.receive_step(0) is None

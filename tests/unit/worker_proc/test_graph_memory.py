@@ -26,11 +26,15 @@ class FakeCuda:
         self.events.append("run")
         yield
 
-    @contextlib.contextmanager
-    def graph(self, _graph: object, pool: object, stream: object) -> Iterator[None]:
-        assert pool == "pool" and isinstance(stream, FakeStream)
+    def new_graph(self) -> "FakeCuda":
+        return self
+
+    def capture_begin(self, pool: object, capture_error_mode: str) -> None:
+        assert pool == "pool" and capture_error_mode == "thread_local"
         self.events.append("record")
-        yield
+
+    def capture_end(self) -> None:
+        self.events.append("end")
 
     def empty_cache(self) -> None:
         self.events.append("empty cache")
@@ -42,8 +46,8 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    for name in ("stream", "graph", "empty_cache"):
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", fake.new_graph)
+    for name in ("stream", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
     return fake
 
@@ -52,7 +56,7 @@ def test_a_step_is_run_once_then_recorded(cuda: FakeCuda) -> None:
     results = iter(["of the run", "of the recording"])
     captured = GraphMemory().capture(lambda: next(results))
     assert captured is not None and captured[1] == "of the recording"
-    assert cuda.events == ["run", "record"]
+    assert cuda.events == ["run", "run", "record", "end"]
 
 
 def test_after_one_without_room_none_is_captured(cuda: FakeCuda, caplog: pytest.LogCaptureFixture) -> None:
@@ -68,6 +72,17 @@ def test_after_one_without_room_none_is_captured(cuda: FakeCuda, caplog: pytest.
         assert memory.capture(compute) is None
     assert calls == [0] and cuda.events == ["run", "empty cache"]
     assert len(caplog.records) == 1 and "no memory left for a captured step (Tried" in caplog.records[0].getMessage()
+
+
+def test_a_recording_that_fails_is_ended(cuda: FakeCuda) -> None:
+    attempts = iter([None, torch.OutOfMemoryError("Tried to allocate 3 GiB")])
+
+    def compute() -> None:
+        if (error := next(attempts)) is not None:
+            raise error
+
+    assert GraphMemory().capture(compute) is None
+    assert cuda.events == ["run", "run", "record", "end", "empty cache"]
 
 
 def test_other_errors_are_nobodys_memory(cuda: FakeCuda) -> None:

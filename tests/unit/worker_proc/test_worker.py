@@ -2,14 +2,17 @@
 
 import logging
 import time
+from typing import cast
 
 import pytest
 
 from folovllm.common.errors import ProtocolError
 from folovllm.common.messages.core_worker import ModelRunnerOutput, SchedulerOutput
-from folovllm.worker_proc.output_thread import PendingOutput
+from folovllm.common.stop_signals import StopRequested
+from folovllm.worker_proc.core_link import CoreLink
+from folovllm.worker_proc.output_thread import OutputThread, PendingOutput
 from folovllm.worker_proc.phases import Phases
-from folovllm.worker_proc.worker import Answer, execute
+from folovllm.worker_proc.worker import Answer, Worker, execute, prepare_ahead
 
 STEP = SchedulerOutput(7, b"")
 
@@ -24,6 +27,11 @@ class ScriptedRunner:
         if self._error is not None:
             raise self._error
         return Answer(ModelRunnerOutput(step.step_id, b"tokn"))
+
+    def prepare_ahead(self) -> bool:
+        if self._error is not None:
+            raise self._error
+        return True
 
 
 def test_a_result_is_passed_on() -> None:
@@ -60,8 +68,56 @@ def test_an_order_to_end_is_no_result() -> None:
         def execute(self, step: SchedulerOutput) -> PendingOutput:
             raise KeyboardInterrupt(step.step_id)
 
+        def prepare_ahead(self) -> bool:
+            return False
+
     with pytest.raises(KeyboardInterrupt):
         execute(Interrupting(), STEP)
+
+
+def test_what_cannot_be_prepared_is_logged_and_left(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("folovllm"), "propagate", True)
+    assert prepare_ahead(ScriptedRunner())
+    with caplog.at_level(logging.ERROR, logger="folovllm"):
+        assert not prepare_ahead(ScriptedRunner(RuntimeError("a kernel does not compile")))
+    (record,) = caplog.records
+    assert record.exc_info and "could not be prepared" in record.getMessage()
+
+
+class ScriptedLink:
+    """Steps and pauses as given, then the end."""
+
+    def __init__(self, *script: SchedulerOutput | None) -> None:
+        self._script = list(script)
+        self.timeouts: list[int | None] = []
+
+    def receive_step(self, timeout_ms: int | None) -> SchedulerOutput | None:
+        self.timeouts.append(timeout_ms)
+        if not self._script:
+            raise StopRequested(0)
+        return self._script.pop(0)
+
+
+def test_pauses_are_used_until_nothing_is_left_to_prepare() -> None:
+    prepared = iter([True, False, False])
+
+    class Runner(ScriptedRunner):
+        def prepare_ahead(self) -> bool:
+            return next(prepared)
+
+    class Outputs(list[PendingOutput]):
+        send = list.append
+
+    link, outputs = ScriptedLink(STEP, None, None, STEP, None), Outputs()
+    worker = Worker(cast("CoreLink", link), time.time())
+    worker._outputs = cast("OutputThread", outputs)
+    with pytest.raises(StopRequested):
+        worker._serve(Runner())
+    assert len(outputs) == 2
+    # After a step and while there is more, the wait is short; then it has no end until the next step.
+    assert [timeout is None for timeout in link.timeouts] == [False, False, False, True, False, True]
 
 
 def test_phases_count_from_the_engines_start() -> None:

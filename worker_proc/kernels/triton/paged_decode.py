@@ -126,7 +126,7 @@ def paged_decode(
         ASSEMBLY=query.is_cuda,
         DEPENDENT=dependent,
         num_warps=4,
-        num_stages=3 if fp8 else 2,
+        num_stages=5 if fp8 else 2,
         maxnreg=_FP8_REGISTERS if fp8 and small else None,
         **launch_options(dependent),
     )
