@@ -4,10 +4,11 @@ Idea (FlashAttention, Dao et al., 2022): a tile of queries meets 128 keys at a t
 largest score, sum of weights and weighted sum of values, which are scaled when a larger score comes. So scores and
 weights never leave the nearest cache, and only keys that the tile may see are looked at: no gather, no mask.
 
-A tile has up to 128 rows, a row being a token's query head; the heads of a group follow one another, so that K and V
-are read once for all of them. Rows are lanes (see `chunk_products`): nothing is ever added up across a vector. A row's
-result depends on nothing but its own keys, in blocks of 128 from the first on: a request comes out the same alone and
-in company, whole and in chunks. Threads draw tiles, the costliest first, until none is left.
+A tile has up to 384 rows, a row being a token's query head; the heads of a group follow one another, so that K and V
+are read once for all of them. 32 rows at a time meet as many keys as any of them may see. Rows are lanes (see
+`chunk_products`): nothing is ever added up across a vector. A row's result depends on nothing but its own keys, in
+blocks of 128 from the first on: a request comes out the same alone and in company, whole and in chunks. Threads draw
+tiles, the costliest first, until none is left.
 """
 
 import ctypes
@@ -42,7 +43,8 @@ from folovllm.worker_proc.kernels.cpu.decode_attention import HeadShape
 from folovllm.worker_proc.kernels.cpu.llvm import F32, I32, I64, Kernel
 from folovllm.worker_proc.kernels.cpu.team import Team
 
-MAX_VECTORS: Final = 8  # of a tile: 128 rows share what it costs to pack keys and values
+_SIZES: Final = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24)  # of a tile, in vectors of rows
+MAX_VECTORS: Final = _SIZES[-1]  # 384 rows share what it costs to pack values
 _PACKING: Final = 1.3  # what packing keys and values costs a tile, in vectors of rows
 _PLENTY: Final = 4  # so many of the largest tiles for each thread are divided well enough
 _LOWEST: Final = -1e30
@@ -193,7 +195,7 @@ def cut_into_tiles(shape: HeadShape, chunks: Sequence[Chunk], num_threads: int) 
     vectors = [-(-chunk.length * shape.group // LANES) for chunk in chunks]  # of one head
     if sum(vectors) * shape.num_kv_heads >= _PLENTY * MAX_VECTORS * num_threads:
         return _cut(shape, chunks, MAX_VECTORS)[0]
-    cuts = (_cut(shape, chunks, size) for size in range(1, min(MAX_VECTORS, max(vectors)) + 1))
+    cuts = (_cut(shape, chunks, size) for size in _SIZES if size < 2 * max(vectors))
     return min(cuts, key=lambda cut: _time(cut[1], num_threads))[0]
 
 
@@ -339,7 +341,6 @@ class _Tile:
         k = self.k
         num_keys = self.k.smaller(k.builder.sub(self.end, first), k.integer(KEYS))
         num_subs = k.builder.lshr(k.sum(num_keys, k.integer(SUB - 1)), k.integer(4))
-        num_paired = k.builder.lshr(k.sum(num_keys, k.integer(PAIRED - 1)), k.integer(5))
         last = k.builder.sub(self.end, k.integer(1))
         with k.loop(k.integer(0), k.integer(2 * KEYS // SUB)) as sub:  # those of the next 128 keys are fetched ahead
             key = k.smaller(k.sum(first, k.product(sub, k.integer(SUB))), k.builder.and_(last, k.integer(-SUB)))
@@ -350,16 +351,24 @@ class _Tile:
         self.products.pack_block((self.keys, self.values), num_subs, num_keys)
         strips = k.builder.lshr(self.num_vectors, k.integer(1))
         with k.loop(k.integer(0), strips) as strip:
-            self.meet_strip(k.product(strip, k.integer(2)), 2, first, num_subs, num_paired)
+            self.meet_strip(k.product(strip, k.integer(2)), 2, first)
         with k.when(k.builder.trunc(self.num_vectors, ir.IntType(1))):
-            self.meet_strip(k.builder.sub(self.num_vectors, k.integer(1)), 1, first, num_subs, num_paired)
+            self.meet_strip(k.builder.sub(self.num_vectors, k.integer(1)), 1, first)
 
-    def meet_strip(self, vector: Any, width: int, first: Any, num_subs: Any, num_paired: Any) -> None:
+    def meet_strip(self, vector: Any, width: int, first: Any) -> None:
+        """One or two vectors with as many of the keys as any of their rows may see."""
         k = self.k
-        self.products.scores(vector, width, self.keys, num_subs)
-        for each in range(width):
-            self.weigh(k.sum(vector, k.integer(each)), each, first, k.product(num_paired, k.integer(PAIRED)))
-        self.products.add_values(vector, width, num_paired)
+        past = k.sum(self.first, k.product(k.sum(vector, k.integer(width)), k.integer(LANES)))
+        last = k.smaller(k.builder.sub(past, k.integer(1)), self.last)
+        end = k.sum(self.context, k.builder.sdiv(last, k.integer(self.shape.group)), k.integer(1))
+        num_keys = k.smaller(k.builder.sub(end, first), k.integer(KEYS))
+        with k.when(k.builder.icmp_signed(">", num_keys, k.integer(0))):
+            num_subs = k.builder.lshr(k.sum(num_keys, k.integer(SUB - 1)), k.integer(4))
+            num_paired = k.builder.lshr(k.sum(num_keys, k.integer(PAIRED - 1)), k.integer(5))
+            self.products.scores(vector, width, self.keys, num_subs)
+            for each in range(width):
+                self.weigh(k.sum(vector, k.integer(each)), each, first, k.product(num_paired, k.integer(PAIRED)))
+            self.products.add_values(vector, width, num_paired)
 
     def weigh(self, vector: Any, strip: int, first: Any, num_keys: Any) -> None:
         """Scores become weights; what the vector has seen so far is scaled to a new largest score."""

@@ -18,7 +18,8 @@ network's shape.
 """
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -393,18 +394,27 @@ def norm_function(kernel: Kernel, size: int, eps: float, kind: str, out_kind: st
     """
     f = kernel.inner("norm", 4)
     x, weight, out, step = (f.argument(index) for index in range(4))
-    parts = f.integer(size // LANES)
-    total = f.variable(f.constant(0.0, LANES))
-    with f.loop(f.integer(0), parts) as part:
-        numbers = f.load(x, f.product(part, f.integer(LANES)), F32, LANES)
-        f.set(total, f.plus(f.times(numbers, numbers), f.get(total)))
-    scale = f.spread(_inverse_root_mean(f, f.total(f.get(total), LANES), size, eps), LANES)
-    with f.loop(f.integer(0), parts) as part:
-        place = f.product(part, f.integer(LANES))
-        normed = f.times(f.load(x, place, F32, LANES), scale)
-        target = f.sum(out, f.product(f.builder.lshr(part, f.integer(1)), step))
-        half = f.product(f.builder.and_(part, f.integer(1)), f.integer(LANES))
-        f.store_floats(f.times(normed, f.load_floats(weight, place, LANES, kind)), target, half, LANES, out_kind)
+    parts = size // LANES
+    at_once = next(count for count in (4, 3, 2, 1) if parts % count == 0)
+    turns = f.integer(parts // at_once)
+
+    def places(turn: Any) -> list[Any]:
+        return [f.sum(f.product(turn, f.integer(at_once)), f.integer(each)) for each in range(at_once)]
+
+    def squares(turn: Any, sums: Sequence[Any]) -> list[Any]:
+        numbers = [f.load(x, f.product(part, f.integer(LANES)), F32, LANES) for part in places(turn)]
+        return [f.plus(f.times(each, each), so_far) for each, so_far in zip(numbers, sums, strict=True)]
+
+    totals = f.fold(turns, [f.constant(0.0, LANES)] * at_once, squares)
+    total = functools.reduce(f.plus, totals)
+    scale = f.spread(_inverse_root_mean(f, f.total(total, LANES), size, eps), LANES)
+    with f.loop(f.integer(0), turns) as turn:
+        for part in places(turn):
+            place = f.product(part, f.integer(LANES))
+            normed = f.times(f.load(x, place, F32, LANES), scale)
+            target = f.sum(out, f.product(f.builder.lshr(part, f.integer(1)), step))
+            half = f.product(f.builder.and_(part, f.integer(1)), f.integer(LANES))
+            f.store_floats(f.times(normed, f.load_floats(weight, place, LANES, kind)), target, half, LANES, out_kind)
     return f.end()
 
 
