@@ -75,7 +75,9 @@ class RequestStates:
             self._fill(arrays.new_rows)
         if len(arrays.entries.slots):
             entries = arrays.entries
-            self._put(self.block_table, entries.slots, entries.columns, entries.block_ids)
+            places = entries.slots * self.block_table.shape[1] + entries.columns
+            packed = upload(np.stack([places, entries.block_ids]), self.device)
+            self.block_table.view(-1).index_copy_(0, packed[0], packed[1])
         return arrays
 
     def advance(self, arrays: StepArrays, slots: torch.Tensor, query_lens: torch.Tensor, samples: Ids) -> None:
@@ -107,19 +109,28 @@ class RequestStates:
         self.counts = SlotCounts.empty(self.limits.num_slots)
 
     def _fill(self, rows: Sequence[NewRow]) -> None:
-        """Overwrites the slots of new requests, all of them in a few operations."""
+        """Overwrites the slots of new requests, all of them in one copy and a few operations."""
         self.version += 1
-        slots = np.array([row.slot for row in rows], np.int64)
-        self._put(self.token_ids, *_ragged(slots, [row.token_ids for row in rows]))
-        device_slots = upload(slots, self.device)
-        self.block_table.index_fill_(0, device_slots, 0)
-        self._put(self.block_table, *_ragged(slots, [row.block_ids for row in rows]))
         for row in rows:
             self._fill_host(row)
-        computed = np.array([row.num_computed_tokens for row in rows], np.int64)
-        self.num_computed.index_copy_(0, device_slots, upload(computed, self.device))
-        self.floats.index_copy_(0, device_slots, upload(self.host_floats[slots], self.device))
-        self.integers.index_copy_(0, device_slots, upload(self.host_integers[slots], self.device))
+        slots = np.array([row.slot for row in rows], np.int64)
+        packed = [
+            slots,
+            np.array([row.num_computed_tokens for row in rows], np.int64),
+            self.host_floats[slots].view(np.int64).ravel(),  # their bits
+            self.host_integers[slots].ravel(),
+            *_ragged(slots * self.token_ids.shape[1], [row.token_ids for row in rows]),
+            *_ragged(slots * self.block_table.shape[1], [row.block_ids for row in rows]),
+        ]
+        places, computed, floats, integers, token_places, tokens, block_places, blocks = upload(
+            np.concatenate(packed), self.device
+        ).split([len(part) for part in packed])
+        self.num_computed.index_copy_(0, places, computed)
+        self.floats.index_copy_(0, places, floats.view(torch.float64).view(len(rows), -1))
+        self.integers.index_copy_(0, places, integers.view(len(rows), -1))
+        self.token_ids.view(-1).index_copy_(0, token_places, tokens.to(torch.int32))
+        self.block_table.index_fill_(0, places, 0)
+        self.block_table.view(-1).index_copy_(0, block_places, blocks)
 
     def _fill_host(self, row: NewRow) -> None:
         sampling = row.sampling
@@ -137,14 +148,8 @@ class RequestStates:
         self.is_plain[row.slot] = extras is None or not extras.concerns_sampling
         self.reports_prompt[row.slot] = extras is not None and extras.prompt_logprobs is not None
 
-    def _put(self, table: torch.Tensor, slots: Ids, columns: Ids, values: Ids) -> None:
-        """table[slots[i], columns[i]] = values[i]; no place may occur twice."""
-        packed = upload(np.stack([slots * table.shape[1] + columns, values]), self.device)
-        table.view(-1).index_copy_(0, packed[0], packed[1].to(table.dtype))
 
-
-def _ragged(slots: Ids, values: Sequence[Ids]) -> tuple[Ids, Ids, Ids]:
-    """Slots, columns and values of rows of different lengths, each beginning at column 0."""
-    lengths = [len(row) for row in values]
-    columns = np.concatenate([np.arange(length) for length in lengths])
-    return np.repeat(slots, lengths), columns, np.concatenate(values)
+def _ragged(starts: Ids, rows: Sequence[Ids]) -> tuple[Ids, Ids]:
+    """Places and values of rows of different lengths, each beginning at its start."""
+    lengths = [len(row) for row in rows]
+    return np.repeat(starts, lengths) + np.concatenate([np.arange(length) for length in lengths]), np.concatenate(rows)
