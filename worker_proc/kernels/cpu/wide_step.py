@@ -21,7 +21,7 @@ asleep between two of them. Milliseconds of a step of SmolLM2-135M without its l
     16 decodes at 255 tokens                         39     18
     64 decodes at 255 tokens                         93     47   (22 of it attention, 15 ms for its bytes)
     8 decodes at 500, a chunk of 16 at 1,000         48     21
-    a prompt of 1,024                               467    235   (156 of it products, 62 attention)
+    a prompt of 1,024                               467    190   (125 of it products with what follows, 56 attention)
 """
 
 import functools
@@ -71,7 +71,6 @@ from folovllm.worker_proc.kernels.cpu.llvm import F32, Kernel
 from folovllm.worker_proc.kernels.cpu.tile_products import (
     PAIR_BYTES,
     PAIR_TILES,
-    PANEL_TILES,
     TILE,
     UNIT,
     Inputs,
@@ -84,6 +83,7 @@ from folovllm.worker_proc.kernels.cpu.tile_products import (
 )
 
 _TILE_SHAPES_BYTES: Final = 128
+SLICE_BYTES: Final = 3 * 2**18  # of what a product reads
 _LOG2_E: Final = math.log2(math.e)
 _MASK: Final = ir.IntType(LANES)
 CUT_FROM: Final = 8  # tiles of each thread from which on rows are shared, not outputs
@@ -162,7 +162,10 @@ class _WideStep(StepCode):
         self.products = TileProducts(kernel, form, [product.layout for product in shape.products])
         self.norm = norm_function(kernel, shape.hidden, shape.eps, shape.kind, shape.kind)
         k, b = kernel, kernel.builder
-        self.slices = _Slices(k, b.sdiv(self.row_count, k.integer(TILE)), self.num_threads)
+        num_tiles = b.sdiv(self.row_count, k.integer(TILE))
+        self.slices = {
+            product: _Slices(k, num_tiles, self.num_threads, product.padded_in) for product in shape.products
+        }
         self.tile_shapes = k.sum(k.argument(OWN), k.product(self.thread, k.integer(own_bytes(shape))))
         first = k.sum(self.tile_shapes, k.integer(_TILE_SHAPES_BYTES))
         self.sums = [first, k.sum(first, k.integer(PAIR_BYTES))]
@@ -194,7 +197,7 @@ class _WideStep(StepCode):
 
     def share_of_rows(self) -> tuple[Any, Any]:
         """This thread's rows: those of its slices, so that it finds in its cache what it wrote itself."""
-        return self.slices.rows_of(self.k, self.rows, (self.thread, self.num_threads))
+        return self.slices[self.shape.gate_up].rows_of(self.k, self.rows, (self.thread, self.num_threads))
 
     def _inputs(self, argument: int, size: int) -> Inputs:
         """What products read: as AMX likes it, or in rows."""
@@ -219,13 +222,15 @@ class _WideStep(StepCode):
                 k.call_void(address, k.sum(k.argument(arguments), k.product(layer, k.argument(stride))))
 
     @contextmanager
-    def _drawn_panels(self, count: int, row: Any, weight: int) -> Iterator[tuple[Any, Callable[..., None]]]:
+    def _drawn_panels(
+        self, shape: ProductShape, count: int, row: Any, weight: int
+    ) -> Iterator[tuple[Any, Callable[..., None]]]:
         """A loop over pieces of a product's work in each slice: its number, and `for_panels` of the slice's rows."""
-        k = self.k
+        k, slices = self.k, self.slices[shape]
         number = k.integer(count)
-        with self.drawn(k.product(self.slices.count, number), row, weight) as item:
+        with self.drawn(k.product(slices.count, number), row, weight) as item:
             part, index = k.builder.sdiv(item, number), k.builder.srem(item, number)
-            yield index, functools.partial(for_panels, k, self.slices.tiles_of(k, part))
+            yield index, functools.partial(for_panels, k, slices.tiles_of(k, part))
 
     def _heads(self, row: Any) -> None:
         """This thread's heads of q, k and v: rotated while they are hot, into QUERY and the cache."""
@@ -233,7 +238,8 @@ class _WideStep(StepCode):
         per_head = shape.head_dim // UNIT
         sums = Rows(self.sums[0], k.integer(shape.head_dim * FLOAT_BYTES))
         x, biases = self._inputs(NORMED, shape.hidden), self.field(row, QKV_BIAS)
-        with self._drawn_panels(shape.num_q_heads + 2 * shape.num_kv_heads, row, QKV) as (head, panels):
+        num_heads = shape.num_q_heads + 2 * shape.num_kv_heads
+        with self._drawn_panels(shape.qkv, num_heads, row, QKV) as (head, panels):
             numbers = [k.sum(k.product(head, k.integer(per_head)), k.integer(part)) for part in range(per_head)]
             weight = self.field(row, QKV)
             units = [
@@ -283,7 +289,7 @@ class _WideStep(StepCode):
         row, weight, bias = fields
         hidden = Rows(k.argument(HIDDEN), k.integer(self.stride_of(HIDDEN) * FLOAT_BYTES))
         biases = self.field(row, bias)
-        with self._drawn_panels(shape.padded_out // UNIT, row, weight) as (unit, panels):
+        with self._drawn_panels(shape, shape.padded_out // UNIT, row, weight) as (unit, panels):
             column = k.product(unit, k.integer(UNIT * FLOAT_BYTES))
             out = hidden.part(k, k.integer(0), column)
             source = self.products.unit(k, shape, self.field(row, weight), unit, self.expanded[0])
@@ -309,7 +315,7 @@ class _WideStep(StepCode):
         num_units = shape.intermediate // UNIT
         x, activated = self._inputs(NORMED, shape.hidden), self._inputs(ACTIVATED, shape.intermediate)
         weight, biases = self.field(row, GATE_UP_WEIGHT), self.field(row, GATE_UP_BIAS)
-        with self._drawn_panels(num_units, row, GATE_UP_WEIGHT) as (index, panels):
+        with self._drawn_panels(shape.gate_up, num_units, row, GATE_UP_WEIGHT) as (index, panels):
             halves = [index, k.sum(index, k.integer(num_units))]
             units = [
                 self.products.unit(k, shape.gate_up, weight, unit, expanded)
@@ -349,17 +355,20 @@ def _silu(k: Kernel, x: Any) -> Any:
 
 
 class _Slices:
-    """How rows are cut so that each thread has its own: all of them in one slice, or as many for each thread."""
+    """How a product's rows are cut: all of them in one slice, or as many slices for each thread, whose inputs fit.
 
-    def __init__(self, k: Kernel, num_tiles: Any, num_threads: Any) -> None:
-        b, one, zero = k.builder, k.integer(1), k.integer(0)
-        of_all = k.product(num_threads, k.integer(PANEL_TILES))
+    A slice of 512 rows of 576 numbers and one of 256 of 1,536 stay in the second cache while all weights pass by.
+    """
+
+    def __init__(self, k: Kernel, num_tiles: Any, num_threads: Any, inputs: int) -> None:
+        b, one = k.builder, k.integer(1)
+        most = max(SLICE_BYTES // (TILE * inputs * ELEMENT_BYTES), 1)
+        of_all = k.product(num_threads, k.integer(most))
         cut = k.product(b.sdiv(k.sum(num_tiles, b.sub(of_all, one)), of_all), num_threads)
         is_cut = b.icmp_signed(">=", num_tiles, k.product(num_threads, k.integer(CUT_FROM)))
         self.num_tiles, self.is_cut = num_tiles, b.and_(is_cut, b.icmp_signed(">", num_threads, one))
         self.count = b.select(self.is_cut, cut, one)
         self.size = b.sdiv(k.sum(num_tiles, b.sub(self.count, one)), self.count)
-        self.zero = zero
 
     def tiles_of(self, k: Kernel, index: Any) -> tuple[Any, Any]:
         """First tile of a slice, and the tile after its last."""

@@ -171,7 +171,7 @@ def test_rows_shared_among_threads_come_out_as_outputs_do(
     with torch.inference_mode():
         tokens, by_outputs = random_tokens(), side(tmp_path, torch.bfloat16, form)
         monkeypatch.setattr(wide_step, "CUT_FROM", 1)
-        monkeypatch.setattr(wide_step, "PANEL_TILES", 1)  # several slices for each thread
+        monkeypatch.setattr(wide_step, "SLICE_BYTES", 7_000)  # several slices for each thread, of one tile and of two
         by_rows = side(tmp_path, torch.bfloat16, form)
         for query_lens in ([40, 1, 15, 47, 3, 16, 2], [1, 1, 1, 1, 18, 2, 33], [5, 5, 5, 5, 5, 5, 5]):
             members = decodes_first(query_lens)
