@@ -30,9 +30,13 @@ if TYPE_CHECKING:
 # oneDNN's layout depends on the row count it is told to expect; what it gives for 16 serves 1 to 1,024 rows well.
 ROWS_TO_PACK_FOR = 16
 _EQUAL_ROWS = 32
-_GEMV_ROWS = 4  # up to so many rows `kernels.triton.gemv` is faster than cuBLAS
-_GEMV_COLUMNS = 4096  # it holds a row of the weight in registers
-_SKINNY_ROWS = 0  # up to so many rows `kernels.triton.skinny_gemm` takes what GEMV does not: not measured yet
+_GEMV_COLUMNS = 4096  # `kernels.triton.gemv` holds a row of the weight in registers
+# Up to so many rows `kernels.triton.skinny_gemm` is faster than cuBLAS (figures there): after a norm, and added.
+_SKINNY_ROWS = 64
+_SKINNY_ADD_ROWS = 32
+# Of a weight: a product costs about 2.5 µs less than cuBLAS's at 8 rows, but numbers are read more slowly (a head of
+# 156 M, 8 rows: 96 µs against 81; 32 rows: 89 against 84), so that larger ones would lose what is won. An estimate.
+_SKINNY_NUMBERS = 24 * 2**20
 
 
 class LinearLayer(Protocol):
@@ -128,7 +132,8 @@ class Linear:
     ) -> None:
         """`parts` gives the checkpoint's names of the stacked projections and their output sizes, in order.
 
-        `scratch`, which a network's layers share, lets programs on a GPU share the inputs of a product.
+        `scratch`, which a network's layers share, lets programs on a GPU share the inputs of a product; without it
+        cuBLAS takes all products of more than one row.
         """
         out_features = sum(parts.values())
         self._parts = dict(parts)
@@ -167,7 +172,7 @@ class Linear:
         """The product of the normed `hidden` [T, in_features]."""
         if self._takes_gemv(hidden):
             return self._normed_gemv(hidden, norm, gated=False)
-        if self._takes_skinny(hidden):
+        if self._takes_skinny(hidden, _SKINNY_ROWS):
             return self._normed_skinny(hidden, norm, gated=False)
         return self(norm(hidden))
 
@@ -175,7 +180,7 @@ class Linear:
         """`silu(gate) · up` of the normed `hidden`, for a weight that is gate and up: [T, out_features / 2]."""
         if self._takes_gemv(hidden):
             return self._normed_gemv(hidden, norm, gated=True)
-        if self._takes_skinny(hidden):
+        if self._takes_skinny(hidden, _SKINNY_ROWS):
             return self._normed_skinny(hidden, norm, gated=True)
         gate_and_up = self(norm(hidden))
         if self._use_triton:
@@ -190,7 +195,7 @@ class Linear:
             from folovllm.worker_proc.kernels.triton.gemv import add_gemv
 
             add_gemv(hidden, x, self.weight, dependent=self._dependent)
-        elif self._takes_skinny(x):
+        elif self._scratch is not None and self._takes_skinny(x, _SKINNY_ADD_ROWS):
             from folovllm.worker_proc.kernels.triton.skinny_gemm import add_skinny_gemm
 
             add_skinny_gemm(hidden, x.contiguous(), self.weight, self._scratch, dependent=self._dependent)
@@ -200,20 +205,22 @@ class Linear:
             hidden.add_(self(x))
 
     def _takes_gemv(self, x: torch.Tensor) -> bool:
-        return self._use_triton and x.shape[0] <= _GEMV_ROWS and x.shape[1] <= _GEMV_COLUMNS and self.bias is None
+        return self._use_triton and x.shape[0] == 1 and x.shape[1] <= _GEMV_COLUMNS and self.bias is None
 
     def _normed_gemv(self, hidden: torch.Tensor, norm: RMSNorm, *, gated: bool) -> torch.Tensor:
         from folovllm.worker_proc.kernels.triton.gemv import normed_gemv
 
         return normed_gemv(hidden, norm.weight, norm.eps, self.weight, gated=gated, dependent=self._dependent)
 
-    def _takes_skinny(self, x: torch.Tensor) -> bool:
-        return self._use_triton and x.shape[0] <= _SKINNY_ROWS and x.dtype != torch.float32 and self.bias is None
+    def _takes_skinny(self, x: torch.Tensor, most_rows: int) -> bool:
+        if self._scratch is None or self.bias is not None or x.dtype == torch.float32:
+            return False
+        return x.shape[0] <= most_rows and self.weight.numel() <= _SKINNY_NUMBERS
 
     def _normed_skinny(self, hidden: torch.Tensor, norm: RMSNorm, *, gated: bool) -> torch.Tensor:
         from folovllm.worker_proc.kernels.triton.skinny_gemm import skinny_gemm, takes_norm
 
-        if takes_norm(*hidden.shape):
+        if takes_norm(*hidden.shape, gated=gated):
             given = norm.weight, norm.eps
             return skinny_gemm(hidden, self.weight, norm=given, gated=gated, dependent=self._dependent)
         return skinny_gemm(norm(hidden), self.weight, gated=gated, dependent=self._dependent)
@@ -235,11 +242,12 @@ class Linear:
 
 
 def _split_scratch(placement: Placement) -> "SplitScratch | None":
+    """None also on a GPU that has too little shared memory for what uses it."""
     if not placement.use_triton:
         return None
-    from folovllm.worker_proc.kernels.triton.skinny_gemm import SplitScratch
+    from folovllm.worker_proc.kernels.triton.skinny_gemm import SplitScratch, runs_on
 
-    return SplitScratch(placement.device)
+    return SplitScratch(placement.device) if runs_on(placement.device) else None
 
 
 def in_equal_parts(product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,9 @@
-"""Products with a few rows (up to 4) on CUDA cores, with what stands before or after them in the network.
+"""Products with one row on CUDA cores, with what stands before or after them in the network.
 
-Up to four rows the weights are the whole cost, and tensor cores, whose tiles have at least 8 rows, only add latency. A
+Tensor cores, whose tiles have at least 8 rows, only add latency for one (from two on they win, see `skinny_gemm`). A
 program has a few rows of the weight in registers *before* it waits for the kernel before it (see `pdl`), so the weights
-of the next product are on their way while the last one ends; every program norms the activations itself (2 KiB a row,
-from the L2 cache), so that norm, product, SiLU and residual are one kernel.
+of the next product are on their way while the last one ends; every program norms the activations itself (2 KiB, from
+the L2 cache), so that norm, product, SiLU and residual are one kernel.
 
 Reference: `layers.linear.Linear` without Triton.
 """
@@ -14,15 +14,8 @@ import triton.language as tl
 
 from folovllm.worker_proc.kernels.triton.pdl import launch_options, wait
 
-MAX_ROWS = 4
-MAX_NORMED_COLUMNS = 4096  # a normed row, and the weight's rows, are held in registers whole
 _COLUMNS = 1024  # of one tile where rows are not normed
 _NORMED, _GATED = tl.constexpr(0), tl.constexpr(1)
-
-
-def fits(rows: int, columns: int) -> bool:
-    """Whether `normed_gemv` takes such activations."""
-    return rows <= MAX_ROWS and columns <= MAX_NORMED_COLUMNS
 
 
 def normed_gemv(
@@ -31,15 +24,15 @@ def normed_gemv(
     """`rms_norm(x) · weightᵀ`, or with `gated`, the weight being [gate; up], `silu(gate) · up` of it.
 
     Args:
-        x: [R, K], contiguous, R ≤ 4.
+        x: [1, K], contiguous.
         norm_weight: [K].
         eps: of the norm.
         weight: [N, K], contiguous; N even if gated.
         gated: the result has N / 2 columns then.
         dependent: launched as a dependent of the kernel before, see `pdl`.
     """
-    (rows, columns), size = x.shape, weight.shape[0] // 2 if gated else weight.shape[0]
-    out = x.new_empty(rows, size)
+    columns, size = x.shape[1], weight.shape[0] // 2 if gated else weight.shape[0]
+    out = x.new_empty(1, size)
     block = 4 if gated else 8
     _normed_gemv[(triton.cdiv(size, block),)](
         x,
@@ -48,7 +41,6 @@ def normed_gemv(
         out,
         eps,
         SIZE=size,
-        ROWS=rows,
         COLUMNS=columns,
         PADDED=triton.next_power_of_2(columns),
         BLOCK=block,
@@ -61,15 +53,14 @@ def normed_gemv(
 
 
 def add_gemv(residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *, dependent: bool) -> None:
-    """`residual += x · weightᵀ`: residual [R, N], x [R, K], R ≤ 4, weight [N, K], all contiguous."""
-    rows, columns = x.shape
+    """`residual += x · weightᵀ`: residual [1, N], x [1, K], weight [N, K], all contiguous."""
+    columns = x.shape[1]
     block = 4
     _add_gemv[(triton.cdiv(weight.shape[0], block),)](
         residual,
         x,
         weight,
         SIZE=weight.shape[0],
-        ROWS=rows,
         COLUMNS=columns,
         TILE=min(_COLUMNS, triton.next_power_of_2(columns)),
         BLOCK=block,
@@ -96,7 +87,6 @@ def _normed_gemv(
     out_ptr,
     eps,
     SIZE: tl.constexpr,
-    ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -113,14 +103,13 @@ def _normed_gemv(
         up = _load(at + SIZE * COLUMNS, inside, WHOLE)
     norm = _load(norm_ptr + k, k < COLUMNS, WHOLE).to(tl.float32)
     wait(DEPENDENT)
-    for row in tl.static_range(ROWS):
-        x = _load(x_ptr + row * COLUMNS + k, k < COLUMNS, WHOLE).to(tl.float32)
-        normed = x * tl.rsqrt(tl.sum(x * x, 0) / COLUMNS + eps) * norm
-        normed = normed.to(weight_ptr.dtype.element_ty).to(tl.float32)[None, :]  # rounded as the norm alone rounds
-        product = tl.sum(weight.to(tl.float32) * normed, 1)
-        if MODE == _GATED:
-            product = product / (1 + tl.exp(-product)) * tl.sum(up.to(tl.float32) * normed, 1)
-        tl.store(out_ptr + row * SIZE + n, product.to(out_ptr.dtype.element_ty), mask=n < SIZE)
+    x = _load(x_ptr + k, k < COLUMNS, WHOLE).to(tl.float32)
+    normed = x * tl.rsqrt(tl.sum(x * x, 0) / COLUMNS + eps) * norm
+    normed = normed.to(weight_ptr.dtype.element_ty).to(tl.float32)[None, :]  # rounded as the norm alone rounds
+    product = tl.sum(weight.to(tl.float32) * normed, 1)
+    if MODE == _GATED:
+        product = product / (1 + tl.exp(-product)) * tl.sum(up.to(tl.float32) * normed, 1)
+    tl.store(out_ptr + n, product.to(out_ptr.dtype.element_ty), mask=n < SIZE)
 
 
 @triton.jit
@@ -129,7 +118,6 @@ def _add_gemv(
     x_ptr,
     weight_ptr,
     SIZE: tl.constexpr,
-    ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -147,19 +135,17 @@ def _add_gemv(
     if COLUMNS > 2 * TILE:
         weight_2 = _load(at + 2 * TILE, inside & (k + 2 * TILE < COLUMNS)[None, :], WHOLE)
     wait(DEPENDENT)
-    for row in tl.static_range(ROWS):
-        x = x_ptr + row * COLUMNS + k
-        part = weight_0.to(tl.float32) * _load(x, k < COLUMNS, WHOLE).to(tl.float32)[None, :]
-        if COLUMNS > TILE:
-            x_1 = _load(x + TILE, k + TILE < COLUMNS, WHOLE).to(tl.float32)
-            part += weight_1.to(tl.float32) * x_1[None, :]
-        if COLUMNS > 2 * TILE:
-            x_2 = _load(x + 2 * TILE, k + 2 * TILE < COLUMNS, WHOLE).to(tl.float32)
-            part += weight_2.to(tl.float32) * x_2[None, :]
-        for first in range(3 * TILE, COLUMNS, TILE):
-            known = k + first < COLUMNS
-            weight = _load(at + first, inside & known[None, :], WHOLE).to(tl.float32)
-            part += weight * _load(x + first, known, WHOLE).to(tl.float32)[None, :]
-        place = residual_ptr + row * SIZE + n
-        result = tl.load(place, mask=n < SIZE, other=0.0).to(tl.float32) + tl.sum(part, 1)
-        tl.store(place, result.to(residual_ptr.dtype.element_ty), mask=n < SIZE)
+    x = x_ptr + k
+    part = weight_0.to(tl.float32) * _load(x, k < COLUMNS, WHOLE).to(tl.float32)[None, :]
+    if COLUMNS > TILE:
+        x_1 = _load(x + TILE, k + TILE < COLUMNS, WHOLE).to(tl.float32)
+        part += weight_1.to(tl.float32) * x_1[None, :]
+    if COLUMNS > 2 * TILE:
+        x_2 = _load(x + 2 * TILE, k + 2 * TILE < COLUMNS, WHOLE).to(tl.float32)
+        part += weight_2.to(tl.float32) * x_2[None, :]
+    for first in range(3 * TILE, COLUMNS, TILE):
+        known = k + first < COLUMNS
+        weight = _load(at + first, inside & known[None, :], WHOLE).to(tl.float32)
+        part += weight * _load(x + first, known, WHOLE).to(tl.float32)[None, :]
+    result = tl.load(residual_ptr + n, mask=n < SIZE, other=0.0).to(tl.float32) + tl.sum(part, 1)
+    tl.store(residual_ptr + n, result.to(residual_ptr.dtype.element_ty), mask=n < SIZE)

@@ -1,13 +1,33 @@
-"""Products of a few tens of rows with a 16-bit weight on tensor cores, with what stands before or after them.
+"""Products of 2 to 64 rows with a 16-bit weight on tensor cores, with what stands before or after them.
 
 The transposed product is computed, outᵀ = weight · xᵀ: the weight's many rows are the long side of a tile, a few rows
-of x the short one, for which tensor cores take 8. A weight does not depend on the kernel before, so a program brings
-the first turns of its share into shared memory *before* it waits (see `pdl`): what is left on the way from one product
-to the next is to read x, to multiply and to write. Warps share a turn's inputs (*ways*) and add up at its end, so that
-no warp waits for a long chain of products; with one way a group of four warps multiplies 64 rows of the weight at once.
+of x the short one, for which tensor cores take 8. A weight does not depend on the kernel before, so a program asks for
+its share *before* it waits (see `pdl`). Where the share is small it is *held*: what is left on the way from one product
+to the next is to read x, to multiply and to write. A longer share is asked for ahead in the L2 cache and read turn by
+turn. Tiles of few rows of the weight are shared by warps (*ways*), each of which multiplies some of the inputs, so that
+none waits for a long chain of products; from 64 rows on a group of four warps multiplies a tile at once.
 
-A weight of few rows would leave most of a GPU idle: its inputs are split among several programs then, of which the one
-that finishes last adds the others' parts to its own, in their order, so that the result does not depend on who it was.
+A weight of few rows would leave most of a GPU idle: from 9 rows of x on its inputs are split among programs, of which
+the one that finishes last adds the others' parts to its own, in their order, so that the result does not depend on who
+it was. Up to 8 rows programs that hold all inputs are faster (a network with one of two kinds of split products so, and
+not split: 546 instead of 578 µs).
+
+Measured on an H200 (4.46 TB/s) without attention, 28 layers of Qwen3-0.6B, for which the weights alone take 198 µs:
+
+| rows | here | cuBLAS | GEMV | parts summed in the norm |
+|---|---|---|---|---|
+| 1 | 423 | 906 | 355 | 529 |
+| 2 | 429 | 870 | 498 | 538 |
+| 4 | 436 | 794 | 731 | 540 |
+| 8 | 455 | 735 | | 558 |
+| 16 | 620 | 748 | | 814 |
+| 32 | 670 | 760 | | 634 |
+| 64 | 771, 762 where `down` is cuBLAS's | 783 | | 742 |
+
+*Parts summed in the norm* after them, with no program that waits for others, need a second form of the norm, win 5 % at
+32 rows and 3 % at 64, and take a quarter longer up to 16. Within 3 % either way: letting the next kernel begin only
+once the weights are there (8 rows: 469, not 455; 32 rows: 650, not 671), weights that the cache drops first (451, not
+458; 665, not 671).
 
 Reference: `layers.linear.Linear` without Triton.
 """
@@ -20,11 +40,17 @@ import triton.language as tl
 
 from folovllm.worker_proc.kernels.triton.pdl import launch_options, let_next_begin, prefetch, wait
 
-_PROGRAMS = 128  # inputs are split until there are so many, but less than twice as many
+SHARED_BYTES = 160 * 1024  # that a program may have; Triton 3.6 takes up to 144 KiB
+_PROGRAMS = 128  # inputs are split until there are so many
 _MAX_SPLITS = 8
-_MOST_NUMBERS = 64 * 64  # of a tile of outputs that programs share
-_SHARED_BYTES = 200 * 1024  # of a program; 227 KiB are there
+_MAX_HELD = 3  # turns
+_MOST_TILES = 2 * _PROGRAMS  # that programs share: 128 times 64 rows of the weight, for two tiles of x
+_ADD_ROWS = 16  # of x in such a tile
+_BLOCK = 64  # rows of the weight that four warps multiply at once
+_STAGES_BYTES = 128 * 1024  # of turns on their way
+_STAGES_INPUTS = 512
 _LINE = tl.constexpr(64)  # numbers of a cache line
+_AHEAD = tl.constexpr(1024)  # inputs asked for in the L2 cache: 128 KiB a program, of 50 MiB
 _PLAIN, _GATED, _ADD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
@@ -36,20 +62,18 @@ class Tiling:
         rows: of x, in a tile.
         block: rows of the weight in a tile (of gate and of up, each, where it is gated).
         part: inputs of a turn.
-        ways: groups of warps that share a turn's inputs; each multiplies tiles of 16 rows of the weight.
-        held: turns whose weights are in shared memory before the kernel waits; all, where x is normed.
+        ways: warps that share a turn's inputs, of a held share; 1: four warps share the rows of a block of 64.
+        held: whether all weights of a program are read before it waits; needed where x is normed.
         splits: programs that share the inputs of a tile.
-        num_warps: of a program.
-        stages: turns on their way at a time, of those that are not held.
+        stages: turns on their way at a time, where they are not held.
     """
 
     rows: int
     block: int
     part: int
     ways: int = 1
-    held: int = 0
+    held: bool = False
     splits: int = 1
-    num_warps: int = 4
     stages: int = 4
 
     def turns(self, columns: int) -> int:
@@ -61,8 +85,17 @@ class SplitScratch:
     """Where programs that share a tile leave their parts; the counters are zero between two launches."""
 
     def __init__(self, device: torch.device) -> None:
-        self.parts = torch.empty(2 * _PROGRAMS * _MOST_NUMBERS, device=device)
-        self.num_done = torch.zeros(_PROGRAMS, dtype=torch.int32, device=device)
+        # Splits make less than twice as many programs as there should be, for each of two tiles of x.
+        self.parts = torch.empty(2 * _MOST_TILES * _BLOCK * _ADD_ROWS, device=device)
+        self.num_done = torch.zeros(_MOST_TILES, dtype=torch.int32, device=device)
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether a program may have the shared memory it needs there: yes on an A100 or H100, not on an RTX 4090."""
+    if device.type != "cuda":
+        return True  # Triton's interpreter
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"] >= SHARED_BYTES
 
 
 def skinny_gemm(
@@ -79,7 +112,7 @@ def skinny_gemm(
     Args:
         x: [R, K], contiguous, of 16 bits.
         weight: [N, K], contiguous, of the same type; N even if gated.
-        norm: weight [K] and eps of an RMS norm that x goes through first.
+        norm: weight [K] and eps of an RMS norm that x goes through first, see `takes_norm`.
         gated: the result has N / 2 columns then.
         dependent: launched as a dependent of the kernel before, see `pdl`.
         tiling: without splits; None chooses one.
@@ -95,58 +128,53 @@ def add_skinny_gemm(
     residual: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor,
-    scratch: SplitScratch | None,
+    scratch: SplitScratch,
     *,
     dependent: bool,
     tiling: Tiling | None = None,
 ) -> None:
-    """`residual += x · weightᵀ`: residual [R, N], contiguous; the others as for `skinny_gemm`.
-
-    Without `scratch` the inputs are not split.
-    """
+    """`residual += x · weightᵀ`: residual [R, N], contiguous, R ≤ 32; the others as for `skinny_gemm`."""
     rows, size = residual.shape
-    tiling = tiling or choose_tiling(rows, size, x.shape[1], may_split=scratch is not None)
-    shared = (x, x) if scratch is None else (scratch.parts, scratch.num_done)
-    _launch(x, None, weight, residual, shared, tiling, _ADD, dependent)
+    tiling = tiling or choose_add_tiling(rows, size, x.shape[1])
+    _launch(x, None, weight, residual, (scratch.parts, scratch.num_done), tiling, _ADD, dependent)
 
 
-def choose_tiling(
-    rows: int, size: int, columns: int, *, gated: bool = False, normed: bool = False, may_split: bool = False
-) -> Tiling:
-    """The tiling for `rows` of x, and `size` outputs of `columns` inputs."""
-    tile_rows = min(max(8, triton.next_power_of_2(rows)), 32)
-    block = 16 if gated or may_split or size < 32 * _PROGRAMS else 32
-    if tile_rows > 16 and not normed:
-        return _for_many_rows(rows, tile_rows, size, columns, gated=gated, may_split=may_split)
-    part = min(1024, max(128, triton.next_power_of_2(columns)))
+def takes_norm(rows: int, columns: int, *, gated: bool) -> bool:
+    """Whether x is normed inside a product: every program does so, and has all of x in registers.
+
+    Of 9 to 16 rows only a gated product makes enough of what is normed: at 16 rows 620 µs a network, not 667; the
+    others take 769, and 726 with a norm of their own.
+    """
+    return (rows <= 8 and columns <= 2048) or (gated and rows <= 16 and columns <= 1024)
+
+
+def choose_tiling(rows: int, size: int, columns: int, *, gated: bool = False, normed: bool = False) -> Tiling:
+    """The tiling of `skinny_gemm`, for `rows` of x, and `size` outputs of `columns` inputs."""
+    tile_rows = min(max(8, triton.next_power_of_2(rows)), 64)
+    if normed:
+        part = _part(columns, 1024)
+        one_turn = part >= columns  # two fill the registers of four warps
+        block = 32 if one_turn and not gated and size >= 32 * _PROGRAMS else 16
+        return Tiling(tile_rows, block, part, ways=4 if one_turn else 8, held=True)
+    read = (2 * _BLOCK if gated else _BLOCK) + tile_rows
+    part = _part(columns, 128 if read <= 160 else 64)
+    return Tiling(tile_rows, _BLOCK, part, stages=min(_STAGES_INPUTS // part, _STAGES_BYTES // (2 * part * read)))
+
+
+def choose_add_tiling(rows: int, size: int, columns: int) -> Tiling:
+    """The tiling of `add_skinny_gemm`, for `rows` of x, and `size` outputs of `columns` inputs."""
+    part = _part(columns, 1024)
+    if rows <= 8 and columns <= _MAX_HELD * part:
+        return Tiling(8, 16, part, ways=8, held=True)
+    part = _part(columns, 128)
     turns = triton.cdiv(columns, part)
-    splits = _splits(turns, triton.cdiv(size, block) * triton.cdiv(rows, tile_rows)) if may_split else 1
-    held = triton.cdiv(turns, splits)
-    row_bytes = 2 * part * ((2 * block if gated else block) + tile_rows)
-    if not normed:
-        held = min(held, max(1, _SHARED_BYTES // row_bytes))
-    return Tiling(tile_rows, block, part, ways=8, held=held, splits=splits, num_warps=8, stages=2)
+    splits = min(_MAX_SPLITS, triton.cdiv(_PROGRAMS, triton.cdiv(size, _BLOCK)))
+    each = triton.cdiv(turns, splits)
+    return Tiling(8 if rows <= 8 else _ADD_ROWS, _BLOCK, part, held=each <= _MAX_HELD, splits=triton.cdiv(turns, each))
 
 
-def takes_norm(rows: int, columns: int) -> bool:
-    """Whether so many rows may be normed inside a product: every program has them in registers whole."""
-    return rows <= 16 and columns <= 2048
-
-
-def _for_many_rows(rows: int, tile_rows: int, size: int, columns: int, *, gated: bool, may_split: bool) -> Tiling:
-    block = 32 if gated else 64
-    part = min(128, max(64, triton.next_power_of_2(columns)))
-    tiles = triton.cdiv(size, block) * triton.cdiv(rows, tile_rows)
-    splits = _splits(triton.cdiv(columns, part), tiles) if may_split else 1
-    return Tiling(tile_rows, block, part, splits=splits, num_warps=4, stages=4)
-
-
-def _splits(turns: int, tiles: int) -> int:
-    """Programs for each tile: the fewest that divide the turns and make enough programs, if any do."""
-    if tiles >= _PROGRAMS:
-        return 1
-    possible = [each for each in range(1, _MAX_SPLITS + 1) if turns % each == 0 and each * tiles < 2 * _PROGRAMS]
-    return next((each for each in possible if each * tiles >= _PROGRAMS), possible[-1])
+def _part(columns: int, most: int) -> int:
+    return min(most, max(128, triton.next_power_of_2(columns)))
 
 
 def _launch(
@@ -161,7 +189,10 @@ def _launch(
 ) -> None:
     (rows, size), columns = out.shape, x.shape[1]
     turns = tiling.turns(columns)
-    _skinny_gemm[triton.cdiv(size, tiling.block), triton.cdiv(rows, tiling.rows), tiling.splits](
+    tiles = triton.cdiv(size, tiling.block), triton.cdiv(rows, tiling.rows)
+    if tiling.splits > 1 and tiles[0] * tiles[1] > _MOST_TILES:
+        raise ValueError(f"{rows} rows of {size} outputs are {tiles} tiles; up to {_MOST_TILES} may be split")
+    _skinny_gemm[*tiles, tiling.splits](
         x,
         weight if norm is None else norm[0],
         weight,
@@ -176,14 +207,14 @@ def _launch(
         PART=tiling.part,
         WAYS=tiling.ways,
         TURNS=turns,
-        HELD=min(tiling.held, turns),
+        HELD=tiling.held,
         WHOLE=columns == tiling.part * turns * tiling.splits,
         STAGES=tiling.stages,
         MODE=mode,
         NORMED=norm is not None,
         SPLIT=tiling.splits > 1,
         DEPENDENT=dependent,
-        num_warps=tiling.num_warps,
+        num_warps=max(tiling.ways, 4),
         **launch_options(dependent),
     )
 
@@ -220,46 +251,49 @@ def _skinny_gemm(  # noqa: C901, PLR0912 - see tests/unit/house/test_size.py
     n_read = n if SIZE % BLOCK == 0 else tl.minimum(n, SIZE - 1)  # what is outside is not stored
     first = tl.program_id(2) * TURNS * PART
     up_ptr = weight_ptr + SIZE * COLUMNS if MODE == _GATED else weight_ptr
-    one = tl.arange(0, 1)
-    held: tl.tuple = ()
-    ups: tl.tuple = ()
-    norms: tl.tuple = ()
-    for turn in tl.static_range(HELD):
-        held += (_tile(weight_ptr, n_read, None, first + turn * PART, COLUMNS, PART, WAYS, WHOLE),)
-        if MODE == _GATED:
-            ups += (_tile(up_ptr, n_read, None, first + turn * PART, COLUMNS, PART, WAYS, WHOLE),)
-        if NORMED:
-            norms += (_tile(norm_ptr, one, None, turn * PART, COLUMNS, PART, WAYS, WHOLE).to(tl.float32),)
-    if DEPENDENT and TURNS > HELD:
-        _prefetch_tile(weight_ptr, n_read, first + HELD * PART, COLUMNS, (TURNS - HELD) * PART)
-        if MODE == _GATED:
-            _prefetch_tile(up_ptr, n_read, first + HELD * PART, COLUMNS, (TURNS - HELD) * PART)
-    wait(DEPENDENT)
-    xs: tl.tuple = ()
-    for turn in tl.static_range(HELD):
-        xs += (_tile(x_ptr, row, known, first + turn * PART, COLUMNS, PART, WAYS, WHOLE),)
-    if NORMED:
-        squares = tl.zeros([TILE_ROWS], tl.float32)
-        for turn in tl.static_range(HELD):
-            squares += _sum_of_squares(xs[turn].to(tl.float32), WAYS)
-        scale = tl.rsqrt(squares / COLUMNS + eps)
-        scale = scale[:, None] if WAYS == 1 else scale[None, :, None]
-        normed: tl.tuple = ()
-        for turn in tl.static_range(HELD):
-            normed += ((xs[turn].to(tl.float32) * scale * norms[turn]).to(weight_ptr.dtype.element_ty),)
-        xs = normed
     total = _zeros(BLOCK, TILE_ROWS, WAYS)
     up_total = total
-    for turn in tl.static_range(HELD):
-        total = _dot(held[turn], xs[turn], total, WAYS)
-        if MODE == _GATED:
-            up_total = _dot(ups[turn], xs[turn], up_total, WAYS)
-    for turn in tl.range(HELD, TURNS, num_stages=STAGES):
-        x = _tile(x_ptr, row, known, first + turn * PART, COLUMNS, PART, WAYS, WHOLE)
-        total = _dot(_tile(weight_ptr, n_read, None, first + turn * PART, COLUMNS, PART, WAYS, WHOLE), x, total, WAYS)
-        if MODE == _GATED:
-            up = _tile(up_ptr, n_read, None, first + turn * PART, COLUMNS, PART, WAYS, WHOLE)
-            up_total = _dot(up, x, up_total, WAYS)
+    if HELD:
+        one = tl.arange(0, 1)
+        weights: tl.tuple = ()
+        ups: tl.tuple = ()
+        norms: tl.tuple = ()
+        for turn in tl.static_range(TURNS):
+            weights += (_tile(weight_ptr, n_read, None, first + turn * PART, COLUMNS, PART, WAYS, WHOLE),)
+            if MODE == _GATED:
+                ups += (_tile(up_ptr, n_read, None, first + turn * PART, COLUMNS, PART, WAYS, WHOLE),)
+            if NORMED:
+                norms += (_tile(norm_ptr, one, None, turn * PART, COLUMNS, PART, WAYS, WHOLE).to(tl.float32),)
+        wait(DEPENDENT)
+        xs: tl.tuple = ()
+        for turn in tl.static_range(TURNS):
+            xs += (_tile(x_ptr, row, known, first + turn * PART, COLUMNS, PART, WAYS, WHOLE),)
+        if NORMED:
+            squares = tl.zeros([TILE_ROWS], tl.float32)
+            for turn in tl.static_range(TURNS):
+                squares += _sum_of_squares(xs[turn].to(tl.float32), WAYS)
+            scale = tl.rsqrt(squares / COLUMNS + eps)
+            scale = scale[:, None] if WAYS == 1 else scale[None, :, None]
+            normed: tl.tuple = ()
+            for turn in tl.static_range(TURNS):
+                normed += ((xs[turn].to(tl.float32) * scale * norms[turn]).to(weight_ptr.dtype.element_ty),)
+            xs = normed
+        for turn in tl.static_range(TURNS):
+            total = _dot(weights[turn], xs[turn], total, WAYS)
+            if MODE == _GATED:
+                up_total = _dot(ups[turn], xs[turn], up_total, WAYS)
+    else:
+        if DEPENDENT:
+            _prefetch_tile(weight_ptr, n_read, first, COLUMNS, min(TURNS * PART, _AHEAD))
+            if MODE == _GATED:
+                _prefetch_tile(up_ptr, n_read, first, COLUMNS, min(TURNS * PART, _AHEAD))
+        wait(DEPENDENT)
+        for turn in tl.range(0, TURNS, num_stages=STAGES):
+            start = first + turn * PART
+            x = _tile(x_ptr, row, known, start, COLUMNS, PART, WAYS, WHOLE)
+            total = _dot(_tile(weight_ptr, n_read, None, start, COLUMNS, PART, WAYS, WHOLE), x, total, WAYS)
+            if MODE == _GATED:
+                up_total = _dot(_tile(up_ptr, n_read, None, start, COLUMNS, PART, WAYS, WHOLE), x, up_total, WAYS)
     if WAYS > 1:
         total = tl.sum(total, 0)
         if MODE == _GATED:

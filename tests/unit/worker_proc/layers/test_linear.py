@@ -1,3 +1,6 @@
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -77,11 +80,10 @@ def test_products_with_what_stands_before_and_after_them() -> None:
     torch.testing.assert_close(total, 1 + hidden @ linear.weight.t())
 
 
-@pytest.mark.parametrize("rows", [2, 8, 18, 20])
-def test_products_of_few_rows_on_a_gpu(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    """By GEMV, by skinny products with the norm in them and without, by torch."""
+@pytest.mark.parametrize("rows", [1, 2, 12, 33])
+def test_products_of_few_rows_on_a_gpu(rows: int) -> None:
+    """By GEMV, by skinny products with the norm in them and without, added by torch."""
     device = triton_device()
-    monkeypatch.setattr(linear_module, "_SKINNY_ROWS", 18)
     for dtype in half_types(device):
         placement = Placement(device, dtype, use_triton=True)
         norm, linears = RMSNorm(32, 1e-6, placement), DenseLinears(placement)
@@ -101,3 +103,59 @@ def test_products_of_few_rows_on_a_gpu(monkeypatch: pytest.MonkeyPatch, rows: in
         assert relative_error(product, normed @ torch.cat((gate, up)).t()) < 5e-3
         assert relative_error(activated, gated) < 1e-2
         assert relative_error(total, hidden.cpu().double() + gated @ down.t()) < 1e-2
+
+
+def test_which_products_tensor_cores_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither more rows nor larger weights than were found to win, nor float32, nor biases."""
+    device = triton_device()
+    from folovllm.worker_proc.kernels.triton import skinny_gemm as kernels
+
+    calls: list[str] = []
+    for name in ("skinny_gemm", "add_skinny_gemm"):
+        original = getattr(kernels, name)
+
+        def counted(*args: Any, original: Callable[..., Any] = original, name: str = name, **options: Any) -> Any:
+            calls.append(name)
+            return original(*args, **options)
+
+        monkeypatch.setattr(kernels, name, counted)
+
+    def taken(rows: int, dtype: torch.dtype = torch.float16, *, bias: bool = False) -> list[str]:
+        calls.clear()
+        placement = Placement(device, dtype, use_triton=True)
+        norm, layer = RMSNorm(32, 1e-6, placement), DenseLinears(placement)("", 32, {"o": 32}, bias=bias)
+        norm.weight.fill_(1)
+        for _, part in layer.checkpoint_tensors(""):
+            part.normal_()
+        with torch.inference_mode():
+            hidden = torch.randn(rows, 32, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+            layer.of_normed(hidden, norm)
+            layer.add_to(hidden, torch.ones_like(hidden))
+        return list(calls)
+
+    assert [taken(1), taken(2), taken(32)] == [
+        [],
+        ["skinny_gemm", "add_skinny_gemm"],
+        ["skinny_gemm", "add_skinny_gemm"],
+    ]
+    assert [taken(33), taken(64), taken(65)] == [["skinny_gemm"], ["skinny_gemm"], []]
+    assert taken(2, torch.float32) == [] and taken(2, bias=True) == []
+    monkeypatch.setattr(linear_module, "_SKINNY_NUMBERS", 32 * 32 - 1)
+    assert taken(2) == []
+
+
+def test_gpus_with_too_little_shared_memory_leave_products_to_cublas(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = triton_device()
+    from folovllm.worker_proc.kernels.triton import skinny_gemm as kernels
+
+    monkeypatch.setattr(kernels, "runs_on", lambda _device: False)
+    monkeypatch.setattr(kernels, "skinny_gemm", None)
+    placement = Placement(device, torch.float16, use_triton=True)
+    norm, layer = RMSNorm(32, 1e-6, placement), DenseLinears(placement)("", 32, {"o": 48})
+    norm.weight.fill_(1)
+    layer.weight.fill_(1)  # type: ignore[attr-defined]
+    hidden = torch.randn(4, 32, generator=torch.Generator().manual_seed(0)).to(device, torch.float16)
+    with torch.inference_mode():
+        product = layer.of_normed(hidden, norm)
+    expected = F.rms_norm(hidden.double(), (32,), eps=1e-6).sum(1, keepdim=True).expand(4, 48)
+    torch.testing.assert_close(product.double(), expected, atol=2e-2, rtol=1e-2)
