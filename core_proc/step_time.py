@@ -10,7 +10,7 @@ A fit over many steps is slow to see that the machine has become slower or faste
 So predictions for mixed steps are scaled by how far off the fit has been for the last five of them, as a median, or by
 the last one alone if that was slower: slow steps come in runs, and a chunk that was made too small for nothing costs
 little. A target is about late tokens, not usual ones, so less than the target is planned: by a tenth, or by what one
-mixed step in 32 took longer than was expected *when it was planned*. Replayed on 68 s of recorded steps of a shared
+mixed step in 32 took longer than was expected *when it was planned*. Replayed on 67 s of recorded steps of a shared
 machine, with other programs on it at times, the 99th percentile falls from 1.29, 1.26 and 1.29 of targets of 60, 120
 and 250 ms to 1.14, 1.06 and 1.02, and a prompt takes 6, 4 and 2 % longer.
 
