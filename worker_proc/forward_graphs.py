@@ -26,7 +26,7 @@ from folovllm.worker_proc.attention.backend import AttentionStep
 from folovllm.worker_proc.attention.triton_paged import TritonPagedBackend
 from folovllm.worker_proc.graph_memory import GraphMemory
 from folovllm.worker_proc.input_batch import InputBatch
-from folovllm.worker_proc.kernels.triton.paged_prefill import FIELDS, plan_tiles
+from folovllm.worker_proc.kernels.triton.paged_prefill import FIELDS
 from folovllm.worker_proc.kernels.triton.step_layout import lay_out_step
 from folovllm.worker_proc.kv_tensors import KVTensors
 from folovllm.worker_proc.models.registry import CausalLM
@@ -38,7 +38,7 @@ _PROMPT_BUCKETS = (*range(0, 513, 64), *range(640, 1025, 128), *range(1280, 2049
 _PROMPT_BUCKETS = (*_PROMPT_BUCKETS, *range(5120, 16385, 1024))
 _DECODE_BUCKETS = (0, 16, 64, 256)
 _CONTEXT_BUCKETS = (1024, 4096, 16384)
-_SPARE_TILES = 32  # a chunk's last tile may be partly filled: so many chunks more than full tiles fit
+_SPARE_TILES = 32  # a chunk's last tile may be partly filled; what chunks leave of them, parts of tiles use
 _NO_TILES: Final = np.zeros((0, FIELDS), np.int32)
 
 logger = get_logger(__name__)
@@ -138,8 +138,8 @@ class ForwardGraphs:
         tiles, count = _NO_TILES, step.num_decodes
         if key.tokens:
             chunk_lens = step.query_lens[count:].tolist(), step.seq_lens[count:].tolist()
-            tile_tokens = self._backend.tile_sizes(key.tokens)[1]
-            tiles = plan_tiles(*chunk_lens, step.slots[count:], key.decodes, tile_tokens)
+            room = self._num_tiles(key.tokens)
+            tiles = self._backend.plan_tiles(chunk_lens, step.slots[count:], key.decodes, key.tokens, room)
         self.plan.fill(step, key.decodes, tiles, self._num_tiles(key.tokens))
         graph, hidden = self._graphs[key]
         graph.replay()

@@ -50,7 +50,7 @@ class PassInputs:
     Attributes:
         input_ids, positions: int64 [T].
         places: int64 [T]; block id · block_size + place in the block; -1 for padding.
-        tiles: int32 [n, 4].
+        tiles: int32 [n, 8].
     """
 
     input_ids: torch.Tensor
@@ -74,7 +74,7 @@ class StepPlan:
         sampling_tokens: [most]; which token of the pass is the last of each request that samples; 0 for padding.
         sampling_slots, sampling_lens: [most]; these requests, and their tokens; slot -1 for padding.
         end: [1]; tokens of the pass from here on are padding.
-        tiles: [max_tiles, 4]; of no token for padding.
+        tiles: [max_tiles, 8]; of no token for padding.
     """
 
     def __init__(self, most: int, max_tiles: int, device: torch.device) -> None:
@@ -111,7 +111,7 @@ class StepPlan:
         Args:
             step: at most `decodes` requests of it decode.
             decodes: requests that the pass has room for before the chunks' tokens.
-            tiles: [≤ num_tiles, 4], first tokens counted with that room.
+            tiles: [≤ num_tiles, 8], first tokens counted with that room.
             num_tiles: that the pass looks at.
         """
         staging, copied = self._staging[self._turn], self._copied[self._turn]

@@ -7,6 +7,7 @@ lie, through the block table.
 import dataclasses
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -15,11 +16,14 @@ from folovllm.worker_proc.attention.backend import AttentionMetadata
 from folovllm.worker_proc.device import Placement
 from folovllm.worker_proc.host_to_device import upload
 from folovllm.worker_proc.kernels.triton.cache_write import CacheLayer, write_to_cache
-from folovllm.worker_proc.kernels.triton.paged_decode import DecodeRequests, DecodeScratch, paged_decode
-from folovllm.worker_proc.kernels.triton.paged_prefill import paged_prefill, plan_tiles, rows_per_tile
+from folovllm.worker_proc.kernels.triton.key_parts import PartScratch
+from folovllm.worker_proc.kernels.triton.paged_decode import DecodeRequests, paged_decode
+from folovllm.worker_proc.kernels.triton.paged_prefill import paged_prefill, plan_tiles, rows_per_tile, split_tiles
 from folovllm.worker_proc.kv_tensors import KVTensors
 
 _MAX_PARTS = 2048  # of all decoding requests of a step together
+_MAX_TOKENS_SPLIT = 512  # of chunks; with more there are tiles enough
+_PROGRAMS = 128  # that the parts of tiles and the KV heads make: about one for each multiprocessor
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -37,12 +41,13 @@ class TritonPagedBackend:
     name = "triton_paged"
 
     def __init__(self, heads: HeadCounts, placement: Placement) -> None:
-        device = placement.device
         self._heads = heads
         self._dtype = placement.dtype
         self._group = 1 << (heads.num_q_heads // heads.num_kv_heads - 1).bit_length()
         self._dependent = placement.dependent_launch
-        self._scratch = DecodeScratch(_MAX_PARTS, dataclasses.astuple(heads), device)
+        self._tile_parts = _PROGRAMS // heads.num_kv_heads
+        num_rows = max(_MAX_PARTS * heads.num_q_heads, _PROGRAMS * self.tile_sizes(_MAX_TOKENS_SPLIT)[0])
+        self._scratch = PartScratch(num_rows, heads.head_dim, _MAX_PARTS * heads.num_kv_heads, placement.device)
 
     def begin_step(self, kv: KVTensors, metadata: AttentionMetadata) -> "TritonPagedStep":
         decodes = self._decodes(metadata) if metadata.num_decodes else None
@@ -88,7 +93,8 @@ class TritonPagedBackend:
         tiles, places, first_token = chunks
         requests = DecodeRequests(block_tables, slots, seq_lens, *parts) if len(slots) else None
         tile_rows, _ = self.tile_sizes(len(places) - first_token)
-        planned = _Chunks(block_tables, tiles, tile_rows, places, first_token)
+        split = self._tile_parts > 1 and len(places) - first_token <= _MAX_TOKENS_SPLIT
+        planned = _Chunks(block_tables, tiles, tile_rows, split, places, first_token)
         return TritonPagedStep(kv, self._scratch, requests, planned, dependent=self._dependent)
 
     def begin_prompt(self, kv: KVTensors, places: torch.Tensor) -> "PromptStep":
@@ -99,6 +105,26 @@ class TritonPagedBackend:
         """Rows and tokens of a tile where chunks have so many tokens together."""
         rows = rows_per_tile(self._heads.head_dim, self._dtype, num_tokens)
         return rows, rows // self._group
+
+    def plan_tiles(
+        self,
+        lens: tuple[list[int], list[int]],
+        table_rows: npt.NDArray[np.int64],
+        first_token: int,
+        num_tokens: int,
+        room: int,
+    ) -> npt.NDArray[np.int32]:
+        """The tiles of a step's chunks, those of long contexts in parts if there are few.
+
+        Args:
+            lens: query_lens and seq_lens, as for `paged_prefill.plan_tiles`, as are `table_rows` and `first_token`.
+            num_tokens: that the step has room for.
+            room: most tiles and parts of tiles.
+        """
+        tiles = plan_tiles(*lens, table_rows, first_token, self.tile_sizes(num_tokens)[1])
+        if num_tokens > _MAX_TOKENS_SPLIT:
+            return tiles
+        return split_tiles(tiles, min(self._tile_parts, room - len(tiles)))
 
     def choose_parts(self, num_requests: int, longest: int) -> tuple[int, int]:
         """Most parts a request is split into (a power of two), and the fewest keys of a part (a multiple of 128)."""
@@ -116,9 +142,11 @@ class TritonPagedBackend:
         first = metadata.num_decodes
         rows = np.arange(first, len(metadata.query_lens))
         lens = metadata.query_lens[first:], metadata.seq_lens[first:]
-        tile_rows, tokens = self.tile_sizes(len(metadata.slot_mapping) - first)
-        tiles = upload(plan_tiles(*lens, rows, first, tokens), metadata.block_table.device)
-        return _Chunks(metadata.block_table, tiles, tile_rows, metadata.slot_mapping, first)
+        num_tokens = len(metadata.slot_mapping) - first
+        planned = self.plan_tiles(lens, rows, first, num_tokens, num_tokens + self._tile_parts)
+        tiles = upload(planned, metadata.block_table.device)
+        split = int(planned[:, 5].max()) > 1
+        return _Chunks(metadata.block_table, tiles, self.tile_sizes(num_tokens)[0], split, metadata.slot_mapping, first)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -128,6 +156,7 @@ class _Chunks:
     Attributes:
         block_table: int64 [R, blocks]; of all requests of the step.
         tiles, tile_rows: see `paged_prefill.plan_tiles` and `rows_per_tile`.
+        split: there may be parts of tiles.
         slot_mapping: int64 [T]; of all tokens of the step.
         first_token: tokens before it belong to decoding requests.
     """
@@ -135,6 +164,7 @@ class _Chunks:
     block_table: torch.Tensor
     tiles: torch.Tensor
     tile_rows: int
+    split: bool
     slot_mapping: torch.Tensor
     first_token: int
 
@@ -145,7 +175,7 @@ class TritonPagedStep:
     def __init__(
         self,
         kv: KVTensors,
-        scratch: DecodeScratch,
+        scratch: PartScratch,
         decodes: DecodeRequests | None,
         chunks: _Chunks | None,
         *,
@@ -168,7 +198,8 @@ class TritonPagedStep:
             paged_decode(query, key_and_value, cache, decodes, self._scratch, out, dependent=self._dependent)
         if chunks is not None:
             write_to_cache(key_and_value, cache, chunks.slot_mapping, chunks.first_token)
-            paged_prefill(query, cache, chunks.block_table, chunks.tiles, chunks.tile_rows, out)
+            scratch = self._scratch if chunks.split else None
+            paged_prefill(query, cache, chunks.block_table, chunks.tiles, chunks.tile_rows, out, scratch)
         return out
 
 

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from folovllm.worker_proc.kernels.triton.cache_write import CacheLayer, for_products, round_to_fp8
+from folovllm.worker_proc.kernels.triton.key_parts import PartScratch, join_parts, leave_part
 from folovllm.worker_proc.kernels.triton.pdl import launch_options, wait
 
 _SMALLEST_DOT = 16  # rows of the smallest product on tensor cores
@@ -57,24 +58,12 @@ class DecodeRequests:
     min_part: int
 
 
-class DecodeScratch:
-    """Where parts leave what they have; the counters are zero between two launches."""
-
-    def __init__(self, max_parts: int, heads: tuple[int, int, int], device: torch.device) -> None:
-        """`max_parts`: of all requests of a step together; `heads`: query heads, KV heads, size of one."""
-        num_q_heads, num_kv_heads, head_dim = heads
-        self.max_parts = max_parts
-        self.outputs = torch.empty(max_parts * num_q_heads * head_dim, dtype=torch.float32, device=device)
-        self.log_sums = torch.empty(max_parts * num_q_heads, dtype=torch.float32, device=device)
-        self.num_done = torch.zeros(max_parts * num_kv_heads, dtype=torch.int32, device=device)
-
-
 def paged_decode(
     query: torch.Tensor,
     key_and_value: torch.Tensor,
     cache: CacheLayer,
     requests: DecodeRequests,
-    scratch: DecodeScratch,
+    scratch: PartScratch,
     out: torch.Tensor,
     *,
     dependent: bool = False,
@@ -86,14 +75,14 @@ def paged_decode(
         key_and_value: [≥ R, 2 · Hkv, head_dim]; as in `AttentionStep.attend`.
         cache: of the layer.
         requests: R decoding requests.
-        scratch: for R · num_parts parts at least, if num_parts > 1.
+        scratch: R · num_parts · Hq rows and R · Hkv counters at least, if num_parts > 1.
         out: [≥ R, Hq · head_dim], contiguous; rows of padding stay as they are.
         dependent: launched as a dependent of the kernel before, see `pdl`.
     """
     num_requests, num_q_heads, head_dim = requests.seq_lens.shape[0], query.shape[1], query.shape[2]
     _, num_kv_heads, num_blocks, block_size, _ = cache.data.shape
     group = num_q_heads // num_kv_heads
-    assert requests.num_parts == 1 or num_requests * requests.num_parts <= scratch.max_parts
+    assert requests.num_parts == 1 or num_requests * requests.num_parts * num_q_heads <= scratch.num_rows
     fp8, small = cache.scales is not None, head_dim <= 128 and query.dtype.itemsize == 2
     _paged_decode[(num_requests, num_kv_heads, requests.num_parts)](
         query,
@@ -243,13 +232,12 @@ def _paged_decode(
         tl.store(out, result.to(out_ptr.dtype.element_ty), mask=in_group)
     else:
         base = (request * NUM_KV_HEADS + head) * tl.num_programs(2) * GROUP
-        at = (base + part * GROUP + row)[:, None] * HEAD_DIM + column[None, :]
-        tl.store(outputs_ptr + at, result, mask=in_group)
-        tl.store(log_sums_ptr + base + part * GROUP + row, largest + tl.log2(total), mask=row < GROUP)
-        tl.debug_barrier()
         counter = done_ptr + request * NUM_KV_HEADS + head
-        if tl.atomic_add(counter, 1, sem="acq_rel") == num_parts - 1:
-            joined = _join(outputs_ptr, log_sums_ptr, base, num_parts, GROUP, DOT_ROWS, HEAD_DIM, PADDED)
+        if leave_part(
+            result, largest + tl.log2(total), outputs_ptr, log_sums_ptr, counter, base + part * GROUP, num_parts,
+            GROUP, DOT_ROWS, HEAD_DIM, PADDED,
+        ):  # fmt: skip
+            joined = join_parts(outputs_ptr, log_sums_ptr, base, num_parts, GROUP, GROUP, DOT_ROWS, HEAD_DIM, PADDED)
             tl.store(out, joined.to(out_ptr.dtype.element_ty), mask=in_group)
             tl.store(counter, 0)
 
@@ -265,33 +253,3 @@ def _unpack_pairs(pairs, TYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
         low = (pairs & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
         high = ((pairs >> 8) & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
     return low.to(TYPE), high.to(TYPE)
-
-
-@triton.jit
-def _join(
-    outputs_ptr,
-    log_sums_ptr,
-    base,
-    num_parts,
-    GROUP: tl.constexpr,
-    DOT_ROWS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PADDED: tl.constexpr,
-):
-    """The parts' outputs, weighted by their sums: [DOT_ROWS, PADDED]."""
-    row, column = tl.arange(0, DOT_ROWS), tl.arange(0, PADDED)
-    in_group = (row < GROUP)[:, None] & (column < HEAD_DIM)[None, :]
-    largest = tl.full([DOT_ROWS], -1e30, tl.float32)
-    total = tl.zeros([DOT_ROWS], tl.float32)
-    joined = tl.zeros([DOT_ROWS, PADDED], tl.float32)
-    for part in range(num_parts):
-        at = base + part * GROUP + row
-        log_sum = tl.load(log_sums_ptr + at, mask=row < GROUP, other=-1e30, cache_modifier=".cg")
-        at_output = at[:, None] * HEAD_DIM + column[None, :]
-        output = tl.load(outputs_ptr + at_output, mask=in_group, other=0.0, cache_modifier=".cg")
-        new_largest = tl.maximum(largest, log_sum)
-        shrink, weight = tl.exp2(largest - new_largest), tl.exp2(log_sum - new_largest)
-        joined = joined * shrink[:, None] + output * weight[:, None]
-        total = total * shrink + weight
-        largest = new_largest
-    return joined / total[:, None]

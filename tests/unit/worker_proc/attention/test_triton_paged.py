@@ -1,5 +1,6 @@
 """Triton's attention against the reference, on steps of every shape; on the GPU, or in Triton's interpreter."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -82,6 +83,81 @@ def test_chunks_with_and_without_context() -> None:
 
 def test_an_even_number_of_parts_that_a_length_does_not_fill() -> None:
     compare([700], [1])
+
+
+@pytest.mark.parametrize(
+    ("contexts", "query_lens"),
+    [
+        ([495], [16]),  # 511 keys: whole
+        ([496], [16]),  # two parts
+        ([510], [3]),  # the second part begins at a key that the first query does not see
+        ([1020], [3]),  # the last part ends with such keys
+        ([2100, 0, 300, 700], [17, 5, 40, 30]),  # many parts beside tiles of one part and of two
+    ],
+)
+def test_keys_of_a_few_tokens_over_a_long_context_are_split(contexts: list[int], query_lens: list[int]) -> None:
+    compare(contexts, query_lens, heads=(2, 1, 64))
+
+
+def test_split_tiles_beside_split_decodes() -> None:
+    compare([600, 5, 1500, 10], [1, 1, 20, 88], heads=(4, 2, 32))
+
+
+@pytest.mark.parametrize("heads", [(1, 1, 128), (4, 1, 64), (8, 1, 64), (3, 1, 96), (2, 1, 256)])
+def test_split_tiles_of_every_head_count_and_size(heads: tuple[int, int, int]) -> None:
+    compare([900, 600], [10, 40], heads=heads)
+
+
+def test_split_tiles_of_16_bits_and_of_fp8() -> None:
+    for dtype in half_types(triton_device()):
+        compare([1200, 30], [20, 70], dtype=dtype)
+        compare([1200, 30], [20, 70], dtype=dtype, fp8=True)
+    compare([1200, 30], [20, 70], fp8=True)
+
+
+def test_fewer_parts_where_there_are_more_heads_or_tokens() -> None:
+    """Programs are counted: with 32 KV heads a tile has at most 4 parts, with 65 it stays whole."""
+    device = triton_device()
+    from folovllm.worker_proc.attention.triton_paged import HeadCounts, TritonPagedBackend
+
+    found = []
+    for num_heads in (1, 32, 65, 200):
+        backend = TritonPagedBackend(HeadCounts(num_heads, num_heads, 16), Placement(device, torch.float32))
+        for num_tokens in (64, 512, 513):
+            planned = backend.plan_tiles(([20], [1600]), np.array([0]), 0, num_tokens, 33)
+            assert planned[:, 4].tolist() == list(range(len(planned)))
+            found.append((len(planned), int(planned[0, 6])))
+    assert found == [(5, 320), (5, 320), (1, 1600)] + [(4, 448), (4, 448), (1, 1600)] + [(1, 1600)] * 6
+
+
+def test_a_padded_step_is_split_where_it_has_room_and_leaves_its_counters_at_zero() -> None:
+    """As a captured pass has it: tiles of padding, twice in a row, to the bit the same."""
+    device = triton_device()
+    from folovllm.worker_proc.attention.triton_paged import HeadCounts, TritonPagedBackend
+
+    heads, block_size, context, length = HeadCounts(2, 1, 64), 16, 1100, 20
+    blocks, num_blocks = scattered_blocks([context + length], block_size)
+    kv = KVTensors(config_of(1, 64), num_blocks, block_size, Placement(device, torch.float32))
+    kv.data.copy_(torch.randn(kv.data.shape, generator=torch.Generator().manual_seed(1)))
+    metadata = build_metadata([PagedRequest(blocks[0], context)], [length], block_size, device)
+    flat = torch.randn(64, 4, 64, generator=torch.Generator().manual_seed(3)).to(device)
+    backend = TritonPagedBackend(heads, Placement(device, torch.float32))
+    none = torch.zeros(0, dtype=torch.int64, device=device)
+    places = torch.full((64,), -1, device=device)
+    places[:length] = metadata.slot_mapping
+    found = {}
+    for room in (8, 3, 1):
+        planned = backend.plan_tiles(([length], [context + length]), np.array([0]), 0, 64, room)
+        assert len(planned) == {8: 4, 3: 2, 1: 1}[room]
+        tiles = torch.zeros(room, planned.shape[1], dtype=torch.int32, device=device)
+        tiles[: len(planned)] = torch.from_numpy(planned)
+        step = backend.begin_padded(kv, metadata.block_table, (none, none, (1, 128)), (tiles, places, 0))
+        outputs = [step.attend(0, flat[:, :2], flat[:, 2:])[:length] for _ in range(2)]
+        assert torch.equal(*outputs)
+        found[room] = outputs[0]
+    expected = TorchNaiveBackend().begin_step(kv, metadata).attend(0, flat[:length, :2], flat[:length, 2:])
+    for output in found.values():
+        torch.testing.assert_close(output, expected, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("heads", [(4, 2, 64), (3, 1, 96)])

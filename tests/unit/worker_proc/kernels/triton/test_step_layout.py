@@ -10,7 +10,7 @@ NEVER = -7
 
 @pytest.mark.parametrize("seed", range(4))
 def test_every_token_is_where_the_plan_has_it(device: torch.device, seed: int) -> None:
-    from folovllm.worker_proc.kernels.triton.paged_prefill import plan_tiles
+    from folovllm.worker_proc.kernels.triton.paged_prefill import FIELDS, plan_tiles, split_tiles
     from folovllm.worker_proc.kernels.triton.step_layout import lay_out_step
     from folovllm.worker_proc.step_plan import PassInputs, Scheduled, StepPlan
 
@@ -30,9 +30,10 @@ def test_every_token_is_where_the_plan_has_it(device: torch.device, seed: int) -
     for tensor in (inputs.input_ids, inputs.positions, inputs.places):
         tensor.fill_(NEVER)
     chunk_lens = query_lens[num_decodes:].tolist(), seq_lens[num_decodes:].tolist()
-    tiles = np.zeros((0, 4), np.int32)
+    tiles = np.zeros((0, FIELDS), np.int32)
     if num_chunks:
         tiles = plan_tiles(*chunk_lens, slots[num_decodes:], decodes, TILE_TOKENS)
+        tiles = split_tiles(tiles, num_tiles - len(tiles))
     plan.fill(step, decodes, tiles, num_tiles)
     rows = token_ids, block_table, num_computed
     lay_out_step(plan, rows, inputs, (decodes, tokens, num_tiles), BLOCK_SIZE)
@@ -52,7 +53,7 @@ def test_every_token_is_where_the_plan_has_it(device: torch.device, seed: int) -
     assert set(places[decodes + sum(chunk_lens[0]) :]) <= {-1}
     assert int((num_computed == NEVER).sum()) == NUM_SLOTS - len(slots)
     planned = inputs.tiles[:num_tiles].tolist()
-    assert planned == [*tiles.tolist(), *([[0] * 4] * (num_tiles - len(tiles)))]
+    assert planned == [*tiles.tolist(), *([[0] * FIELDS] * (num_tiles - len(tiles)))]
     last = [starts[row] + int(query_lens[row]) - 1 for row in samples]
     assert plan.sampling_tokens.tolist() == [*last, *([0] * (NUM_SLOTS - len(samples)))]
     assert plan.sampling_slots.tolist() == [*slots[samples], *([-1] * (NUM_SLOTS - len(samples)))]
@@ -65,7 +66,7 @@ def test_a_plan_of_padding_changes_nothing(device: torch.device) -> None:
 
     plan = StepPlan(3, 5, device)
     step = Scheduled(np.array([2, 1]), np.array([1, 2]), np.array([5, 9]), 1, np.array([0]))
-    plan.fill(step, 2, np.array([[1, 2, 7, 2]], np.int32), 5)
+    plan.fill(step, 2, np.array([[1, 2, 7, 2, 0, 1, 9, 0]], np.int32), 5)
     assert plan.end.tolist() == [4]
     plan.clear()
     inputs = PassInputs.empty(6, 5, device)
