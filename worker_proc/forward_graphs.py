@@ -37,7 +37,6 @@ _CHUNK_BUCKETS = (0, 64, 128, 256, 512, 1024, 1536, 2048, 3072, 4096)
 _PROMPT_BUCKETS = (*range(0, 513, 64), *range(640, 1025, 128), *range(1280, 2049, 256), *range(2560, 4097, 512))
 _PROMPT_BUCKETS = (*_PROMPT_BUCKETS, *range(5120, 16385, 1024))
 _DECODE_BUCKETS = (0, 16, 64, 256)
-_CONTEXT_BUCKETS = (1024, 4096, 16384)
 _SPARE_TILES = 32  # a chunk's last tile may be partly filled; what chunks leave of them, parts of tiles use
 _NO_TILES: Final = np.zeros((0, FIELDS), np.int32)
 
@@ -117,7 +116,7 @@ class ForwardGraphs:
         else:
             return None
         tile_tokens = self._backend.tile_sizes(key.tokens)[1]
-        if int((-(-step.query_lens[count:] // tile_tokens)).sum()) > self._num_tiles(key.tokens):
+        if int((-(-step.query_lens[count:] // tile_tokens)).sum()) > key.tokens // tile_tokens + _SPARE_TILES:
             return None
         if key in self._graphs:
             return key
@@ -138,8 +137,7 @@ class ForwardGraphs:
         tiles, count = _NO_TILES, step.num_decodes
         if key.tokens:
             chunk_lens = step.query_lens[count:].tolist(), step.seq_lens[count:].tolist()
-            room = self._num_tiles(key.tokens)
-            tiles = self._backend.plan_tiles(chunk_lens, step.slots[count:], key.decodes, key.tokens, room)
+            tiles = self._backend.plan_tiles(chunk_lens, step.slots[count:], key.decodes, key.tokens)
         self.plan.fill(step, key.decodes, tiles, self._num_tiles(key.tokens))
         graph, hidden = self._graphs[key]
         graph.replay()
@@ -150,12 +148,10 @@ class ForwardGraphs:
         tokens = next(size for size in _CHUNK_BUCKETS if size >= num_tokens)
         if not decodes:
             return ForwardKey(0, tokens)
-        longest = max(decode_lens)
-        longest = next((size for size in _CONTEXT_BUCKETS if size >= longest), self._states.limits.max_model_len)
-        return ForwardKey(decodes, tokens, self._backend.choose_parts(decodes, longest))
+        return ForwardKey(decodes, tokens, self._backend.choose_parts(decodes, max(decode_lens)))
 
     def _num_tiles(self, tokens: int) -> int:
-        return tokens // self._backend.tile_sizes(tokens)[1] + _SPARE_TILES
+        return tokens // self._backend.tile_sizes(tokens)[1] + _SPARE_TILES + self._backend.tile_parts(tokens)
 
     def _capture(self, key: ForwardKey) -> bool:
         self._wanted.discard(key)

@@ -22,6 +22,7 @@ from folovllm.worker_proc.kernels.triton.paged_prefill import paged_prefill, pla
 from folovllm.worker_proc.kv_tensors import KVTensors
 
 _MAX_PARTS = 2048  # of all decoding requests of a step together
+_REQUESTS = (16, 64, 256, 512)  # decoding ones: these have the same parts as fewer
 _MAX_TOKENS_SPLIT = 512  # of chunks; with more there are tiles enough
 _PROGRAMS = 128  # that the parts of tiles and the KV heads make: about one for each multiprocessor
 
@@ -45,7 +46,6 @@ class TritonPagedBackend:
         self._dtype = placement.dtype
         self._group = 1 << (heads.num_q_heads // heads.num_kv_heads - 1).bit_length()
         self._dependent = placement.dependent_launch
-        self._tile_parts = _PROGRAMS // heads.num_kv_heads
         num_rows = max(_MAX_PARTS * heads.num_q_heads, _PROGRAMS * self.tile_sizes(_MAX_TOKENS_SPLIT)[0])
         self._scratch = PartScratch(num_rows, heads.head_dim, _MAX_PARTS * heads.num_kv_heads, placement.device)
 
@@ -93,7 +93,7 @@ class TritonPagedBackend:
         tiles, places, first_token = chunks
         requests = DecodeRequests(block_tables, slots, seq_lens, *parts) if len(slots) else None
         tile_rows, _ = self.tile_sizes(len(places) - first_token)
-        split = self._tile_parts > 1 and len(places) - first_token <= _MAX_TOKENS_SPLIT
+        split = self.tile_parts(len(places) - first_token) > 1
         planned = _Chunks(block_tables, tiles, tile_rows, split, places, first_token)
         return TritonPagedStep(kv, self._scratch, requests, planned, dependent=self._dependent)
 
@@ -112,26 +112,33 @@ class TritonPagedBackend:
         table_rows: npt.NDArray[np.int64],
         first_token: int,
         num_tokens: int,
-        room: int,
     ) -> npt.NDArray[np.int32]:
         """The tiles of a step's chunks, those of long contexts in parts if there are few.
 
         Args:
             lens: query_lens and seq_lens, as for `paged_prefill.plan_tiles`, as are `table_rows` and `first_token`.
             num_tokens: that the step has room for.
-            room: most tiles and parts of tiles.
         """
         tiles = plan_tiles(*lens, table_rows, first_token, self.tile_sizes(num_tokens)[1])
-        if num_tokens > _MAX_TOKENS_SPLIT:
-            return tiles
-        return split_tiles(tiles, min(self._tile_parts, room - len(tiles)))
+        return split_tiles(tiles, self.tile_parts(num_tokens))
+
+    def tile_parts(self, num_tokens: int) -> int:
+        """By so many entries the list of tiles grows at most where some are split; 0 if none is."""
+        return _PROGRAMS // self._heads.num_kv_heads if num_tokens <= _MAX_TOKENS_SPLIT else 0
 
     def choose_parts(self, num_requests: int, longest: int) -> tuple[int, int]:
-        """Most parts a request is split into (a power of two), and the fewest keys of a part (a multiple of 128)."""
-        min_part = 128 if num_requests <= 16 else 512 if num_requests <= 64 else 1024
-        room = max(1, _MAX_PARTS // num_requests)
-        wanted = min(-(-longest // min_part), room)
-        return 1 << (wanted - 1).bit_length() if wanted * 2 <= room else 1 << (wanted.bit_length() - 1), min_part
+        """Most parts a request is split into (a power of two), and the fewest keys of a part (a multiple of 128).
+
+        They are the same for many numbers of requests and lengths: so graphs are few, and a captured step, padded to
+        more requests, adds up in the same order as one that is not.
+        """
+        requests = next((size for size in _REQUESTS if size >= num_requests), num_requests)
+        min_part = 128 if requests <= 16 else 512 if requests <= 64 else 1024
+        reach = 1024
+        while reach < longest:
+            reach *= 4
+        most = 1 << (max(1, _MAX_PARTS // requests).bit_length() - 1)
+        return min(-(-reach // min_part), most), min_part
 
     def _decodes(self, metadata: AttentionMetadata) -> DecodeRequests:
         count = metadata.num_decodes
@@ -143,7 +150,7 @@ class TritonPagedBackend:
         rows = np.arange(first, len(metadata.query_lens))
         lens = metadata.query_lens[first:], metadata.seq_lens[first:]
         num_tokens = len(metadata.slot_mapping) - first
-        planned = self.plan_tiles(lens, rows, first, num_tokens, num_tokens + self._tile_parts)
+        planned = self.plan_tiles(lens, rows, first, num_tokens)
         tiles = upload(planned, metadata.block_table.device)
         split = int(planned[:, 5].max()) > 1
         return _Chunks(metadata.block_table, tiles, self.tile_sizes(num_tokens)[0], split, metadata.slot_mapping, first)

@@ -26,4 +26,14 @@ def test_parts_are_a_power_of_two_and_fit_the_scratch(requests: int, longest: in
     parts, smallest = backend.choose_parts(requests, longest)
     assert parts & (parts - 1) == 0 and smallest % 128 == 0
     assert parts == 1 or parts * requests <= 2048
-    assert parts == 1 or parts < 2 * -(-longest // smallest)
+    assert parts == 1 or parts * smallest <= 4 * max(longest, 256)
+
+
+def test_a_padded_step_has_the_parts_of_one_that_is_not() -> None:
+    backend = TritonPagedBackend(HeadCounts(4, 2, 64), Placement(torch.device("cpu"), torch.float32))
+    for longest in (1, 700, 1024, 1025, 5000, 70_000):
+        for rows in range(1, 257):
+            padded = next(size for size in (*decode_buckets(256), 256) if size >= rows)
+            in_a_pass = next(size for size in (16, 64, 256) if size >= rows)
+            parts = [backend.choose_parts(number, longest) for number in (rows, padded, in_a_pass)]
+            assert parts[0] == parts[1] == parts[2]
