@@ -21,10 +21,11 @@ from folovllm.worker_proc.kernels.triton.int4_numbers import of_block, prefetch_
 from folovllm.worker_proc.kernels.triton.pdl import launch_options, wait
 from folovllm.worker_proc.layers.int4_words import Int4Words
 
-_PROGRAMS = 128  # inputs are split until there are so many
+_MOST_PROGRAMS = 768  # of a product whose inputs are split
 _SPLITS = (1, 2, 3, 4, 6, 8)
 _FOLDED_FROM = 65  # rows of x
 _STAGES = 3
+_UNBOUNDED = 2**31
 _LINE_WORDS = 32
 _MIDDLE = tl.constexpr(8)
 _PLAIN, _GATED, _ADD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -52,20 +53,32 @@ class Tiling:
         return self.block // 16
 
 
-# Up to so many rows of x. Within what was tried in a prototype on an H100, where two tiles of 8 rows were faster than
-# one of 16, and tiles of fewer rows than x has were faster from 16 to 128 rows; not measured in this place yet.
-_TILINGS = ((16, Tiling(8, 32, 32)), (32, Tiling(16, 64, 32)), (64, Tiling(32, 64, 32)))
-_LARGEST = Tiling(64, 64, 16)
-_GATED_SLICE = 16  # with 32 words each of gate and up, a thread's 255 registers are not enough
+# Up to so many rows of x. Each is the best, or within 5 % of it, of some ten that were measured on an H200 with the
+# products of Qwen3-0.6B, weights cold, at 8, 16, 32, 64, 128 and 256 rows. What is added to a residual has few rows of
+# weight and many inputs, which are split; a program's share of them is given in words.
+_TILINGS = (
+    (8, Tiling(8, 32, 64)),
+    (16, Tiling(8, 64, 32)),
+    (32, Tiling(16, 64, 32)),
+    (128, Tiling(32, 64, 32)),
+    (_UNBOUNDED, Tiling(64, 128, 32)),
+)
+_ADD_TILINGS = (
+    (8, Tiling(8, 16, 32), 128),
+    (16, Tiling(8, 32, 64), 64),
+    (64, Tiling(16, 32, 32), 64),
+    (_UNBOUNDED, Tiling(32, 64, 32), 128),
+)
+_GATED_SLICE = 32  # gate and up are read at once
 
 
 class SplitScratch:
     """Where programs that share a tile leave their parts; the counters are zero between two launches."""
 
     def __init__(self, device: torch.device) -> None:
-        # The smallest split that makes enough programs makes less than twice as many.
-        self.parts = torch.empty(2 * _PROGRAMS * _LARGEST.rows * _LARGEST.block, device=device)
-        self.num_done = torch.zeros(_PROGRAMS, dtype=torch.int32, device=device)
+        most = max(tiling.rows * tiling.block for _, tiling, _ in _ADD_TILINGS)
+        self.parts = torch.empty(_MOST_PROGRAMS * most, device=device)
+        self.num_done = torch.zeros(_MOST_PROGRAMS, dtype=torch.int32, device=device)
 
 
 def int4_gemm(
@@ -81,7 +94,7 @@ def int4_gemm(
         dependent: launched as a dependent of the kernel before, see `pdl`.
     """
     out = x.new_empty(x.shape[0], weight.out_features // 2 if gated else weight.out_features)
-    tiling = choose_tiling(out.shape[0], out.shape[1], weight, gated=gated)
+    tiling = choose_tiling(out.shape[0], weight, gated=gated)
     _launch(x, weight, bias, out, (x, x), tiling, _GATED if gated else _PLAIN, dependent)
     return out
 
@@ -96,19 +109,31 @@ def add_int4_gemm(
     dependent: bool,
 ) -> None:
     """`residual += x · weightᵀ + bias`: residual [R, N], contiguous; the others as for `int4_gemm`."""
-    tiling = choose_tiling(residual.shape[0], residual.shape[1], weight, may_split=True)
+    tiling = choose_add_tiling(residual.shape[0], weight)
     _launch(x, weight, bias, residual, (scratch.parts, scratch.num_done), tiling, _ADD, dependent)
 
 
-def choose_tiling(rows: int, size: int, weight: Int4Words, *, gated: bool = False, may_split: bool = False) -> Tiling:
-    """The tiling for `rows` of x and `size` outputs."""
-    tiling = next((each for most, each in _TILINGS if rows <= most), _LARGEST)
-    slice_words = min(_GATED_SLICE if gated else tiling.slice_words, weight.chunk)
-    slices = weight.words.shape[1] // slice_words
-    tiles = triton.cdiv(size, tiling.block) * triton.cdiv(rows, tiling.rows)
-    possible = [each for each in _SPLITS if slices % each == 0] if may_split and tiles < _PROGRAMS else [1]
-    splits = next((each for each in possible if each * tiles >= _PROGRAMS), possible[-1])
-    return dataclasses.replace(tiling, slice_words=slice_words, splits=splits)
+def choose_tiling(rows: int, weight: Int4Words, *, gated: bool = False) -> Tiling:
+    """The tiling for `rows` of x, of a product that is not split."""
+    tiling = next(each for most, each in _TILINGS if rows <= most)
+    return dataclasses.replace(
+        tiling, slice_words=_slice(tiling, weight, _GATED_SLICE if gated else tiling.slice_words)
+    )
+
+
+def choose_add_tiling(rows: int, weight: Int4Words) -> Tiling:
+    """The tiling for `rows` of x, of a product that is added to a residual."""
+    tiling, share = next((each, share) for most, each, share in _ADD_TILINGS if rows <= most)
+    slice_words, width = _slice(tiling, weight, tiling.slice_words), weight.words.shape[1]
+    most = _MOST_PROGRAMS // (triton.cdiv(weight.out_features, tiling.block) * triton.cdiv(rows, tiling.rows))
+    possible = [
+        each for each in _SPLITS if each <= most and each * share <= width and width % (each * slice_words) == 0
+    ]
+    return dataclasses.replace(tiling, slice_words=slice_words, splits=max(possible, default=1))
+
+
+def _slice(tiling: Tiling, weight: Int4Words, most: int) -> int:
+    return min(tiling.slice_words, most, weight.chunk)
 
 
 def _launch(

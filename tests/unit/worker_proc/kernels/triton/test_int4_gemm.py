@@ -62,20 +62,30 @@ def test_a_gated_product_with_biases(device: torch.device) -> None:
     assert relative_error(actual, F.silu(gate) * up) < 5e-3
 
 
-def test_inputs_are_split_where_there_are_few_tiles_and_the_scratch_suffices(device: torch.device) -> None:
-    from folovllm.worker_proc.kernels.triton.int4_gemm import SplitScratch, choose_tiling
+@pytest.mark.parametrize(("outputs", "inputs"), [(32, 1024), (576, 1536), (1024, 2048), (1024, 3072), (4096, 4096)])
+def test_inputs_are_split_as_far_as_the_scratch_suffices(device: torch.device, outputs: int, inputs: int) -> None:
+    from folovllm.worker_proc.kernels.triton.int4_gemm import SplitScratch, choose_add_tiling, choose_tiling
 
-    words, _ = made(device, CASES[3])
+    empty = torch.empty(outputs, inputs // 8, dtype=torch.int32, device=device)
+    words = Int4Words(empty, torch.empty(inputs // 128, outputs, device=device), None, None, inputs, 128, 128)
     scratch = SplitScratch(device)
     for rows in range(1, 300, 3):
-        for size in (32, 576, 1024, 2048, 4096):
-            tiling = choose_tiling(rows, size, words, may_split=True)
-            tiles = -(-rows // tiling.rows) * -(-size // tiling.block)
-            assert words.words.shape[1] % (tiling.splits * tiling.slice_words) == 0
-            assert (tiling.splits > 1) == (tiles < 128)
-            if tiling.splits > 1:
-                assert tiles <= len(scratch.num_done)
-                assert tiles * tiling.splits * tiling.rows * tiling.block <= len(scratch.parts)
-            assert choose_tiling(rows, size, words).splits == 1
-    assert [choose_tiling(rows, 1024, words, may_split=True).splits for rows in (1, 16, 32, 256)] == [4, 2, 4, 2]
-    assert choose_tiling(8, 3072, words, gated=True).slice_words == 16
+        tiling = choose_add_tiling(rows, words)
+        tiles = -(-rows // tiling.rows) * -(-outputs // tiling.block)
+        assert inputs // 8 % (tiling.splits * tiling.slice_words) == 0
+        assert (tiling.splits > 1) == (2 * tiles <= 768 and inputs // 8 >= 2 * (64 if 8 < rows <= 64 else 128))
+        if tiling.splits > 1:
+            assert tiles <= len(scratch.num_done)
+            assert tiles * tiling.splits * tiling.rows * tiling.block <= len(scratch.parts)
+        assert choose_tiling(rows, words).splits == 1
+    if (outputs, inputs) == (1024, 3072):
+        assert [choose_add_tiling(rows, words).splits for rows in (8, 16, 64, 256)] == [3, 6, 6, 3]
+    assert choose_tiling(8, words, gated=True).slice_words == 32
+
+
+def test_a_slice_is_within_a_chunk(device: torch.device) -> None:
+    from folovllm.worker_proc.kernels.triton.int4_gemm import choose_add_tiling, choose_tiling
+
+    words, _ = made(device, CASES[0])
+    assert words.chunk == 16
+    assert choose_tiling(5, words).slice_words == choose_add_tiling(300, words).slice_words == 16
