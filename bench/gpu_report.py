@@ -1,6 +1,6 @@
 """The GPU's sections of docs/performance.md, from `bench.gpu`'s and `bench.gpu_steps`' results; see `bench.report`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 # Of issue-sized workloads with Qwen3-0.6B's shape: what the fewest bytes or operations take on an H100 that reads
@@ -29,7 +29,7 @@ _ROWS: tuple[tuple[str, str, str, str, float | None, str, bool], ...] = (
     ("server 256 streams", "output tokens/s", "256 streams", "≥ 22,000", None, _BYTES, True),
 )  # fmt: skip
 
-Table = Callable[[list[str], list[list[object]]], str]
+Table = Callable[[Sequence[str], Sequence[Sequence[object]]], str]
 
 
 def gpu(content: dict[str, Any], table: Table) -> str:
@@ -53,12 +53,17 @@ def gpu(content: dict[str, Any], table: Table) -> str:
     )
     text += table(["workload", "median", "goal (for an H100)", "limit of this card", "share of the limit"], rows)
     if "four_bits" in content:
-        text += "\n\n" + table(["4-bit weights (groups of 128)", "bf16", "4 bits", "goal"], content["four_bits"])
+        text += "\n\n" + four_bits(content, table)
     effect = workloads.get("fp8 effect on logits")
     if effect is not None:
         error = effect["median"]["relative error of logits"]
         text += f"\n\nAn FP8 cache changes the logits of these random weights by {error:.1%} of their norm."
     return text
+
+
+def four_bits(content: dict[str, Any], table: Table) -> str:
+    """4-bit weights beside bf16."""
+    return table(["4-bit weights (groups of 128)", "bf16", "4 bits", "goal (for an H100)"], content["four_bits"])
 
 
 def gpu_steps(content: dict[str, Any], table: Table) -> str:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from bench import gpu_report
 from bench.common import RESULTS, quality_rows
 from bench.peers.figures import remarks, tables
 
@@ -313,6 +314,10 @@ def kv_quality(content: dict[str, Any]) -> str:
     return f"{head}\n\n{table(['with an FP8 KV cache', 'measured'], rows)}"
 
 
+def on_gpu(section: Callable[[dict[str, Any], gpu_report.Table], str]) -> Callable[[dict[str, Any]], str]:
+    return lambda content: section(content, table)
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "m1": of_result(m1),
     "m2": of_result(m2),
@@ -334,6 +339,9 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "server_streams": server_streams,
     "client_events": client_events,
     "kv_quality": kv_quality,
+    "gpu": on_gpu(gpu_report.gpu),
+    "gpu_4bit": on_gpu(gpu_report.four_bits),
+    "gpu_steps": on_gpu(gpu_report.gpu_steps),
 }
 
 
