@@ -2,11 +2,11 @@
 
 Which kernel serves depends on the number of rows alone:
 
-* one row: products on CUDA cores, with the norm before or the residual after them (`kernels.triton.int4_gemv`);
+* one or two rows: products on CUDA cores, with the norm before or the residual after them (`kernels.triton.int4_gemv`);
 * tens of rows: products on tensor cores, numbers made floats in registers (`kernels.triton.int4_gemm`);
 * more: the weight is expanded into memory that all layers share, and multiplied by cuBLAS.
 
-On an H200 (Qwen3-0.6B's shapes, groups of 128, µs of a layer's products) CUDA cores were the faster for one row alone:
+On an H200 (Qwen3-0.6B's shapes, groups of 128, µs of a layer's products) CUDA cores were the faster for up to two rows:
 21.6 against 26.1 at two, 32 against 27 at four. At 256 rows tensor cores took 43 and expansion 51; by a prototype's
 figures expansion wins from 512 on.
 
@@ -27,7 +27,7 @@ from folovllm.worker_proc.layers.int4_words import Int4Words, pack_words
 from folovllm.worker_proc.layers.norm import RMSNorm
 from folovllm.worker_proc.quantization.storage import Quantized
 
-GEMV_ROWS = 1  # up to so many rows
+GEMV_ROWS = 2  # up to so many rows
 GEMM_ROWS = 256
 _MOST_EXPANDED = 2**24  # numbers at once, 32 MiB: a larger weight (a head) is expanded part by part
 

@@ -53,9 +53,9 @@ class Tiling:
         return self.block // 16
 
 
-# Up to so many rows of x. Each is the best, or within 5 % of it, of some ten that were measured on an H200 with the
-# products of Qwen3-0.6B, weights cold, at 8, 16, 32, 64, 128 and 256 rows. What is added to a residual has few rows of
-# weight and many inputs, which are split; a program's share of them is given in words.
+# Up to so many rows of x. Each is the best, or within 5 % of it (down at 16 rows: 13 %), of some ten that were measured
+# on an H200 with the products of Qwen3-0.6B, weights cold, at 8, 16, 32, 64, 128 and 256 rows. What is added to a
+# residual has few rows of weight and many inputs, which are split; a program's share of them is given in words.
 _TILINGS = (
     (8, Tiling(8, 32, 64)),
     (16, Tiling(8, 64, 32)),
@@ -69,7 +69,8 @@ _ADD_TILINGS = (
     (64, Tiling(16, 32, 32), 64),
     (_UNBOUNDED, Tiling(32, 64, 32), 128),
 )
-_GATED_SLICE = 32  # gate and up are read at once
+_GATED_SLICE = 32  # gate and up are read at once; a tile of 64 × 32 takes all 255 registers, and 96 bytes of stack
+_LARGEST_BYTES = 160 * 1024  # of shared memory that the last tiling takes
 
 
 class SplitScratch:
@@ -94,7 +95,7 @@ def int4_gemm(
         dependent: launched as a dependent of the kernel before, see `pdl`.
     """
     out = x.new_empty(x.shape[0], weight.out_features // 2 if gated else weight.out_features)
-    tiling = choose_tiling(out.shape[0], weight, gated=gated)
+    tiling = choose_tiling(out.shape[0], weight, gated=gated, shared_bytes=_shared_bytes(x.device))
     _launch(x, weight, bias, out, (x, x), tiling, _GATED if gated else _PLAIN, dependent)
     return out
 
@@ -113,12 +114,13 @@ def add_int4_gemm(
     _launch(x, weight, bias, residual, (scratch.parts, scratch.num_done), tiling, _ADD, dependent)
 
 
-def choose_tiling(rows: int, weight: Int4Words, *, gated: bool = False) -> Tiling:
-    """The tiling for `rows` of x, of a product that is not split."""
+def choose_tiling(rows: int, weight: Int4Words, *, gated: bool = False, shared_bytes: int = _LARGEST_BYTES) -> Tiling:
+    """The tiling for `rows` of x, of a product that is not split; `shared_bytes`: that a program may have."""
     tiling = next(each for most, each in _TILINGS if rows <= most)
-    return dataclasses.replace(
-        tiling, slice_words=_slice(tiling, weight, _GATED_SLICE if gated else tiling.slice_words)
-    )
+    most = _GATED_SLICE if gated else tiling.slice_words
+    if rows > _TILINGS[-2][0] and shared_bytes < _LARGEST_BYTES:
+        most //= 2
+    return dataclasses.replace(tiling, slice_words=_slice(tiling, weight, most))
 
 
 def choose_add_tiling(rows: int, weight: Int4Words) -> Tiling:
@@ -130,6 +132,13 @@ def choose_add_tiling(rows: int, weight: Int4Words) -> Tiling:
         each for each in _SPLITS if each <= most and each * share <= width and width % (each * slice_words) == 0
     ]
     return dataclasses.replace(tiling, slice_words=slice_words, splits=max(possible, default=1))
+
+
+def _shared_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _LARGEST_BYTES
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
 def _slice(tiling: Tiling, weight: Int4Words, most: int) -> int:

@@ -81,6 +81,8 @@ def test_inputs_are_split_as_far_as_the_scratch_suffices(device: torch.device, o
     if (outputs, inputs) == (1024, 3072):
         assert [choose_add_tiling(rows, words).splits for rows in (8, 16, 64, 256)] == [3, 6, 6, 3]
     assert choose_tiling(8, words, gated=True).slice_words == 32
+    found = [choose_tiling(rows, words, shared_bytes=99 * 1024).slice_words for rows in (128, 129)]
+    assert found == [32, 16], "a card with less shared memory has the largest tiling in smaller slices"
 
 
 def test_a_slice_is_within_a_chunk(device: torch.device) -> None:
