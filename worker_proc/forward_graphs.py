@@ -37,7 +37,7 @@ _CHUNK_BUCKETS = (0, 64, 128, 256, 512, 1024, 1536, 2048, 3072, 4096)
 _PROMPT_BUCKETS = (*range(0, 513, 64), *range(640, 1025, 128), *range(1280, 2049, 256), *range(2560, 4097, 512))
 _PROMPT_BUCKETS = (*_PROMPT_BUCKETS, *range(5120, 16385, 1024))
 _DECODE_BUCKETS = (0, 16, 64, 256)
-_SPARE_TILES = 32  # a chunk's last tile may be partly filled; what chunks leave of them, parts of tiles use
+_SPARE_TILES = 32  # a chunk's last tile may be partly filled: so many chunks more than full tiles fit
 _NO_TILES: Final = np.zeros((0, FIELDS), np.int32)
 
 logger = get_logger(__name__)
@@ -144,8 +144,7 @@ class ForwardGraphs:
         return hidden
 
     def _key(self, decode_lens: list[int], num_tokens: int) -> ForwardKey:
-        decodes = next(size for size in self._decode_buckets if size >= len(decode_lens))
-        tokens = next(size for size in _CHUNK_BUCKETS if size >= num_tokens)
+        decodes, tokens = _bucket(self._decode_buckets, len(decode_lens)), _bucket(_CHUNK_BUCKETS, num_tokens)
         if not decodes:
             return ForwardKey(0, tokens)
         return ForwardKey(decodes, tokens, self._backend.choose_parts(decodes, max(decode_lens)))

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu
 
 CUDA = torch.device("cuda")
 SHAPES = [(1024, 2048), (6144, 1024), (1152, 576)]  # of Qwen3-0.6B; one with padding
-ROWS = (1, 8, 33, 100, 300)
+ROWS = (1, 2, 8, 33, 100, 300)
 TIE_GAP = 0.15  # logits of such a model spread by about 1.2; bf16 moves them by some hundredths
 
 
@@ -52,7 +52,7 @@ def test_products_of_real_shapes(dtype: torch.dtype, sym: bool, group_size: int,
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("rows", [1, 8, 64, 300])
+@pytest.mark.parametrize("rows", [1, 2, 8, 64, 300])
 def test_captured_products_are_those_of_the_same_calls_and_nothing_waits(rows: int) -> None:
     """Products one after another, as a layer has them: each may begin before the one before it is through."""
     from folovllm.worker_proc.layers.int4_triton_linear import Int4Scratch, words_linear
