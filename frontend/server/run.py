@@ -144,7 +144,7 @@ class _Server(uvicorn.Server):
         await self._context.llm.get_stats()  # the loop watches the engine from here on
         await super().startup(sockets)
         gc.collect()
-        gc.freeze()  # what is there now stays, so collections leave it out: 8 % of a token's Python in a loop of its own
+        gc.freeze()  # what is there now stays, so collections leave it out: 8 % of a token's Python, measured alone
         self._heartbeat = asyncio.ensure_future(Heartbeat(self._context).run())
         self._on_ready()
 
